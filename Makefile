@@ -1,0 +1,34 @@
+# `make demo` and `make test` need Python 3.11 to 3.13, make and network; everything else they install themselves.
+PYTHON ?= python3
+# Another package index for torch, for example a CPU-only one: make setup TORCH_INDEX=...
+TORCH_INDEX ?=
+
+.PHONY: demo test test-all check format setup lock clean
+
+demo: setup
+	.venv/bin/python -m launch.demo
+
+test: setup
+	.venv/bin/python -m pytest -m "not slow"
+
+test-all: setup
+	.venv/bin/python -m pytest
+
+check: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: setup
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+setup:
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" tools/setup
+
+# Writes requirements.lock anew from the newest versions that setup.cfg allows.
+lock:
+	@PYTHON="$(PYTHON)" tools/lock
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
