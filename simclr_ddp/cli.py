@@ -1,0 +1,104 @@
+"""What every command shares: its arguments, --help, and one-line errors."""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from simclr_ddp import config
+
+FLAGS = {
+    "--help": "print this text",
+    "--debug": "show the traceback of an error",
+    "--dry-run": "print the resolved config and stop",
+}
+
+
+def main_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print a line on rank 0, now."""
+    if main_rank():
+        print(text, flush=True)
+
+
+def warn(text: str | None) -> None:
+    """Print a warning, if there is one, on rank 0's stderr, now."""
+    if text and main_rank():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def run(command: Callable[[Any], int | None], cls: type, usage: str, about: str, argv: list[str] | None = None) -> int:
+    """Parse the arguments of a command into its config, run it, and return the exit status.
+
+    usage  names its positional arguments in order, for example "[CONFIG.yaml]" or "SOURCE OUT"; a name in capitals
+           fills the option of that name in lower case, CONFIG.yaml is a file of options.
+    A ValueError or OSError is the user's: one line on stderr and status 2.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in arguments
+    try:
+        if "--help" in arguments or "-h" in arguments:
+            say(_help(cls, usage, about))
+            return 0
+        settings = _parse(arguments, cls, usage)
+        if "--dry-run" in arguments:
+            say(config.to_yaml(settings))
+            return 0
+        return command(settings) or 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        _report(error)
+        return 2
+
+
+def _report(error: Exception) -> None:
+    """One line on stderr. Before the ranks have met they all find the same fault, and one of them tells it."""
+    from torch.distributed import is_available, is_initialized
+
+    if not main_rank():
+        if not (is_available() and is_initialized()):
+            return
+        text = f"rank {os.environ['RANK']}: {error}"
+    else:
+        text = str(error)
+    print(f"error: {' '.join(text.split())} (--debug shows where)", file=sys.stderr, flush=True)
+
+
+def _parse(arguments: list[str], cls: type, usage: str) -> Any:
+    positional, overrides = [], {}
+    for argument in arguments:
+        if argument in FLAGS:
+            continue
+        if argument.startswith("-"):
+            raise ValueError(f"unknown flag {argument}: {', '.join(FLAGS)} are known; options are written key=value")
+        if re.match(r"[a-z_][a-z0-9_.]*=", argument):
+            key, value = config.parse_override(argument)
+            overrides[key] = value
+        else:
+            positional.append(argument)
+    slots = usage.replace("[", "").replace("]", "").split()
+    if len(positional) > len(slots):
+        raise ValueError(f"argument {positional[len(slots)]} is one too many: usage is {usage} [key=value ...]")
+    layers: list[tuple[str, dict[str, Any]]] = []
+    for slot, value in zip(slots, positional, strict=False):
+        if slot == "CONFIG.yaml":
+            layers.append((value, {"name": Path(value).stem} | config.read_yaml(value)))
+        else:
+            layers.append(("the command line", {slot.lower(): value}))
+    return config.build(cls, [*layers, ("the command line", overrides)])
+
+
+def _help(cls: type, usage: str, about: str) -> str:
+    flags = "\n".join(f"  {flag:<12} {meaning}" for flag, meaning in FLAGS.items())
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name} " if spec else ""
+    return f"{about.strip()}\n\nusage: {program}{usage} [key=value ...]\n\n{flags}\n\noptions:\n{config.help_text(cls)}"
