@@ -1,0 +1,212 @@
+"""Ranks, collectives with gradients, cross-rank batch norm, and the DDP wrapper: the only user of torch.distributed.
+
+torchrun's environment variables are the only contract. Without them there is one rank, no process group, and every
+function here returns its input: the same code runs on one process.
+"""
+
+import json
+import os
+import sys
+from datetime import timedelta
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def start(device: torch.device) -> None:
+    """Join the process group that torchrun described, if it did: NCCL on CUDA, gloo on CPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Add up a tensor over all ranks, in place and without a gradient."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value on every rank; anything JSON can hold (no pickle)."""
+    if world_size() == 1:
+        return value
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    text = json.dumps(value).encode() if is_main() else b""
+    length = all_sum(torch.tensor([len(text)], device=device))
+    buffer = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    if is_main():
+        buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(buffer, 0)
+    return json.loads(bytes(buffer.tolist()))
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _Sum.apply(gradient)
+
+
+def differentiable_sum(values: Tensor) -> Tensor:
+    """Sum over ranks; its gradient is the sum of all ranks' gradients, any number of times differentiable."""
+    return _Sum.apply(values) if world_size() > 1 else values
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        blocks = [torch.empty_like(z, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(blocks, z.contiguous())
+        return torch.cat(blocks, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = _Sum.apply(gradient)
+        return total[:, own_slice(total.shape[1])]
+
+
+def gather(z: Tensor) -> Tensor:
+    """[V, B, ...] of this rank -> [V, N, ...] of all ranks, in rank order.
+
+    Its backward sums over ranks, DDP then averages, and each rank's loss is the mean over its own anchors: together
+    that is the gradient of the single-process loss (Chen et al. 2020 trained on the same sum over replicas).
+    """
+    return _Gather.apply(z) if world_size() > 1 else z
+
+
+def fail_together(message: str) -> None:
+    """End all ranks over a fault that all have seen: rank 0 raises ValueError with the message, the others exit."""
+    if not is_main():
+        sys.exit(2)
+    raise ValueError(message)
+
+
+def own_slice(count: int) -> slice:
+    """Which of `count` entries in rank order are this rank's; world_size must divide count."""
+    share = count // world_size()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm whose mean and variance are those of all ranks' samples together; [B, C] or [B, C, H, W].
+
+    One all-reduce of 2C numbers forward and one backward, on CPU and CUDA. Written as ordinary differentiable
+    operations around a differentiable sum, so second derivatives are right, unlike torch's SyncBatchNorm. Statistics
+    are float32 or wider; every rank must hold equally many samples. State-dict keys are BatchNorm's.
+    `shift=False` leaves out the bias (the last layer of SimCLR's projection head).
+    """
+
+    def __init__(self, num_features: int, shift: bool = True) -> None:
+        super().__init__(num_features)
+        if not shift:
+            self.bias = None
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in (2, 4):
+            raise ValueError(f"batch norm takes [B, C] or [B, C, H, W], got a shape of {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        self._check_input_dim(input)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        axes = [0, *range(2, input.dim())]
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        wide = input if input.dtype == torch.float64 else input.float()
+        # Every rank holds the same running mean, so it can serve as the origin: with the sums taken around it
+        # the subtraction below cancels little, and one all-reduce is enough for mean and variance.
+        origin = self.running_mean.clone()
+        local_var, local_mean = torch.var_mean(wide, axes, correction=0)
+        offset = local_mean - origin
+        moments = differentiable_sum(torch.stack([offset, local_var + offset.square()])) / world_size()
+        var = moments[1] - moments[0].square()
+        mean = origin + moments[0]
+        scale = torch.rsqrt(var.clamp_min(0) + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        bias = -mean * scale if self.bias is None else self.bias - mean * scale
+        with torch.no_grad():
+            count = input.numel() // input.shape[1] * world_size()
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_((var * (count / max(count - 1, 1))).to(self.running_var), self.momentum)
+        return torch.addcmul(bias.view(shape), wide, scale.view(shape)).to(input.dtype)
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model under DistributedDataParallel, or the model itself where there is one rank."""
+    if world_size() == 1:
+        return model
+    devices = [device.index] if device.type == "cuda" else None
+    ddp = nn.parallel.DistributedDataParallel
+    # Buffers are batch-norm statistics, which CrossRankBatchNorm keeps equal on all ranks. torch renamed the option.
+    option = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
+    return ddp(model, device_ids=devices, gradient_as_bucket_view=True, **{option: False})
+
+
+def settle_buckets(model: nn.Module, forward_and_backward: Any) -> None:
+    """Throw-away passes, after which DDP's gradient buckets no longer change.
+
+    DDP regroups its buckets after the first backward pass, in the order in which gradients became ready. That changes
+    the order of the ring's additions from the second step on, so a resumed run would differ from the unbroken one in
+    its first step. Two passes before the first step of every start make the buckets final; batch-norm statistics are
+    put back and gradients dropped.
+    """
+    if world_size() == 1:
+        return
+    buffers = [b.clone() for b in model.buffers()]
+    for _ in range(2):
+        forward_and_backward()
+        model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, kept in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(kept)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DDP and torch.compile wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model

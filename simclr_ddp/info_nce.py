@@ -1,0 +1,92 @@
+"""KernelInfoNCE: the contrastive objective as a module that gathers negatives across ranks.
+
+A drop-in for any training loop, with or without DistributedDataParallel.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from simclr_ddp import distributed
+from simclr_ddp.losses import Objective, contrastive_accuracy, contrastive_loss, log_kernel, normalize
+
+
+class KernelInfoNCE(nn.Module):
+    """Kernel-InfoNCE loss of two views over the global batch of all ranks.
+
+    kernel              cosine (NT-Xent), gaussian, laplacian, exponential, simple_sum, concat_sum, arccos, spectral
+    temperature         its convention is each kernel's own: cosine / t, -distance^gamma / t (simclr_ddp.losses)
+    gamma               power of the distance in exponential and in the sums
+    mix_weight, mix_level, second_temperature   of the sums
+    order               1 to 3, of arccos
+    radius, norm_p      embeddings are put on the sphere of this radius in this norm
+
+    Raises ValueError for settings that make no sense together.
+    """
+
+    def __init__(
+        self,
+        kernel: str = "cosine",
+        temperature: float = 0.1,
+        *,
+        gamma: float = 1.0,
+        mix_weight: float = 0.5,
+        mix_level: str = "kernel",
+        second_temperature: float | None = None,
+        order: int = 1,
+        radius: float = 1.0,
+        norm_p: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.objective = Objective(
+            kernel=kernel,
+            temperature=temperature,
+            gamma=gamma,
+            mix_weight=mix_weight,
+            mix_level=mix_level,
+            second_temperature=second_temperature,
+            order=order,
+            squared_radius=radius**2,
+            norm_p=norm_p,
+        )
+
+    def forward(self, y_a: Tensor, y_b: Tensor) -> Tensor:
+        """This rank's mean loss, a scalar.
+
+        y_a, y_b  [n, d] raw projections of the two views of this rank's images; equally many on every rank
+
+        Gathers over the default process group if there is one. Averaged over ranks, as DistributedDataParallel
+        averages gradients, value and gradient are those of one process with all N = n * world_size images. Computed
+        in at least float32, also under autocast.
+        """
+        z, z_all, first = self._gathered(y_a, y_b)
+        return contrastive_loss(z, z_all, first, self.objective)
+
+    @torch.no_grad()
+    def top1(self, y_a: Tensor, y_b: Tensor) -> Tensor:
+        """Fraction of this rank's anchors whose positive is their nearest of all: a scalar in [0, 1]."""
+        z, z_all, first = self._gathered(y_a, y_b)
+        return contrastive_accuracy(z, z_all, first, self.objective)
+
+    def untrained_loss(self, global_batch_size: int) -> float | None:
+        """log(2N - 1), the loss where all pairs look alike; None for spectral, which has no such value."""
+        return None if self.objective.kernel == "spectral" else math.log(2 * global_batch_size - 1)
+
+    def attainable_loss(self, global_batch_size: int) -> float | None:
+        """The loss of identical positives among orthogonal negatives, about the best there is; None for spectral."""
+        if self.objective.kernel == "spectral":
+            return None
+        mu = self.objective.squared_radius
+        dot, square = torch.tensor([mu, 0.0], dtype=torch.float64), torch.tensor([0.0, 2 * mu], dtype=torch.float64)
+        if self.objective.kernel == "concat_sum":  # each half with half of the squared norm
+            dot, square = dot.expand(2, 2) / 2, square.expand(2, 2) / 2
+        positive, negative = log_kernel(self.objective)(dot, square).tolist()
+        return math.log1p((2 * global_batch_size - 2) * math.exp(negative - positive))
+
+    def _gathered(self, y_a: Tensor, y_b: Tensor) -> tuple[Tensor, Tensor, int]:
+        if y_a.shape != y_b.shape or y_a.dim() != 2:
+            raise ValueError(f"two equal shapes [n, d] are wanted, got {tuple(y_a.shape)} and {tuple(y_b.shape)}")
+        with torch.autocast(y_a.device.type, enabled=False):
+            z = normalize(torch.stack([y_a, y_b]), self.objective.squared_radius, self.objective.norm_p)
+        return z, distributed.gather(z), distributed.rank() * len(y_a)

@@ -1,0 +1,428 @@
+"""Contrastive losses as pure functions of (own rows, all columns, offset); no process group is ever seen here.
+
+A rank holds the embeddings z [2, B, D] of its images (two views) and those of all ranks, z_all [2, N, D], in rank
+order; its image i is image `first + i` of the batch. Each of its 2B anchors has one positive, the other view of the
+same image, and 2N-2 negatives, both views of every other image; the anchor itself takes part nowhere. All three are
+told apart by index, never by value. With k the kernel, the loss of an anchor is
+
+    -log [k(positive) / (k(positive) + sum of k over the negatives)]
+        = log(1 + sum over the negatives of exp(log k(negative) - log k(positive)))
+
+of which the second form is computed: nothing overflows at any temperature, and a loss near 0 keeps all its digits.
+Chen et al. 2020 (arXiv 2002.05709), eq. 1, for the cosine; Tan et al. 2024 (arXiv 2303.15103) for other kernels.
+
+A log-kernel is an elementwise function of two tensors of one shape, the dot products and the squared Euclidean
+distances of pairs. Those of the positives come from the vectors and their differences, since near-duplicates lose
+all digits of a distance in the identity |a|² + |b|² - 2 a·b, which is what the other pairs use.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LogKernel = Callable[[Tensor, Tensor], Tensor]
+
+MIXTURES = ("simple_sum", "concat_sum")
+KERNELS = ("cosine", "gaussian", "laplacian", "exponential", *MIXTURES, "arccos", "spectral")
+MIX_LEVELS = ("loss", "kernel")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which loss, with all its numbers. Raises ValueError, in one sentence, for settings that make no sense.
+
+    kernel              one of KERNELS; the function of that name gives formula and temperature convention
+    temperature         τ; `spectral` has none and ignores it
+    gamma               exponent of the distance in `exponential` and in the first part of the mixtures
+    mix_weight          λ, weight of the first part of a mixture; the second, Gaussian part has 1 - λ
+    mix_level           of a mixture, "loss": λ·loss₁ + (1-λ)·loss₂, as the authors' code (arXiv 2303.15103);
+                        "kernel": one loss whose kernel is λ·k₁ + (1-λ)·k₂, as their text
+    second_temperature  τ of the Gaussian part of a mixture; None: `temperature`
+    order               1, 2 or 3, of `arccos`
+    squared_radius      μ: embeddings have norm √μ
+    norm_p              which norm; math.inf for the maximum norm
+
+    In `simple_sum` both parts see the whole embedding; in `concat_sum` the first sees its first half, the Gaussian
+    its second, after one normalisation of the whole.
+    """
+
+    kernel: str = "cosine"
+    temperature: float = 0.1
+    gamma: float = 1.0
+    mix_weight: float = 0.5
+    mix_level: str = "kernel"
+    second_temperature: float | None = None
+    order: int = 1
+    squared_radius: float = 1.0
+    norm_p: float = 2.0
+
+    def __post_init__(self) -> None:
+        _require_choice("kernel", self.kernel, KERNELS)
+        _require_choice("mix_level", self.mix_level, MIX_LEVELS)
+        _require_positive("temperature", self.temperature)
+        _require_positive("gamma", self.gamma)
+        _require_positive("radius (the squared radius of the sphere of embeddings)", self.squared_radius)
+        if self.second_temperature is not None:
+            _require_positive("second_temperature", self.second_temperature)
+        if self.order not in (1, 2, 3):
+            raise ValueError(f"order of the arc-cosine kernel is {self.order!r}: choose 1, 2 or 3")
+        if not self.norm_p >= 1:
+            raise ValueError(f"norm_p is {self.norm_p!r}: choose a number from 1 up, inf for the maximum norm")
+        if not 0 <= self.mix_weight <= 1:
+            raise ValueError(f"mix_weight is {self.mix_weight!r}: choose a number between 0 and 1")
+        if self.kernel in MIXTURES and self.mix_weight in (0, 1):
+            raise ValueError(
+                f"mix_weight {self.mix_weight!r} leaves only one part of {self.kernel}: choose a number between 0 "
+                "and 1, or the kernel 'exponential' or 'gaussian' alone"
+            )
+        if self.kernel in ("cosine", "arccos") and self.norm_p != 2:
+            raise ValueError(f"norm_p is {self.norm_p!r}, but the kernel {self.kernel} takes angles: set norm_p to 2")
+        if self.kernel == "arccos" and self.squared_radius != 1:
+            raise ValueError(f"radius is {self.squared_radius!r}, but the kernel arccos needs unit vectors: set 1")
+        if self.kernel == "arccos" and self.temperature > 1:
+            raise ValueError(
+                f"temperature is {self.temperature!r}, but above 1 the kernel arccos leaves the domain of the "
+                "arc cosine: choose one of at most 1"
+            )
+
+
+def normalize(y: Tensor, squared_radius: float = 1.0, norm_p: float = 2.0) -> Tensor:
+    """Scale the vectors of the last dimension to √squared_radius in the norm `norm_p` (from 1 to inf); 0 stays 0.
+
+    y  [..., D] of any float dtype; returns the same shape, float64 for float64, else float32.
+    """
+    y = y.to(torch.promote_types(y.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(y, norm_p, dim=-1, keepdim=True)
+    return math.sqrt(squared_radius) * y / norm.clamp(min=1e-12)
+
+
+def contrastive_loss(z: Tensor, z_all: Tensor, first: int, objective: Objective) -> Tensor:
+    """Mean loss of this rank's anchors against the embeddings of the whole batch, a scalar.
+
+    z      [2, B, D]  this rank's embeddings, normalised as the objective says
+    z_all  [2, N, D]  those of all ranks, in rank order
+    first             position in z_all of this rank's image 0
+
+    Computed in float64 where an input is float64, else in float32, under autocast too. Averaged over ranks it is
+    the single-process loss of N images. Raises ValueError if the shapes disagree.
+    """
+    z, z_all = _widen(z, z_all)
+    if objective.kernel == "spectral":
+        return spectral(z, z_all, first)
+    if objective.kernel == "concat_sum":
+        z, z_all = _halves(z), _halves(z_all)
+    if objective.kernel in MIXTURES and objective.mix_level == "loss":
+        first_kernel, second_kernel = _parts(objective)
+        (z_1, z_2), (z_all_1, z_all_2) = (z, z_all) if objective.kernel == "concat_sum" else ((z, z), (z_all, z_all))
+        first_loss = info_nce(z_1, z_all_1, first, first_kernel)
+        second_loss = info_nce(z_2, z_all_2, first, second_kernel)
+        return objective.mix_weight * first_loss + (1 - objective.mix_weight) * second_loss
+    return info_nce(z, z_all, first, log_kernel(objective))
+
+
+def info_nce(z: Tensor, z_all: Tensor, first: int, log_kernel: LogKernel) -> Tensor:
+    """Mean InfoNCE loss of this rank's anchors against the embeddings of the whole batch, a scalar.
+
+    z           [*, 2, B, D]  this rank's embeddings, float32 or float64
+    z_all       [*, 2, N, D]  those of all ranks, in rank order
+    first                     position in z_all of this rank's image 0
+    log_kernel                of dot products and squared distances [*, ...] of pairs -> [...]; see the module
+
+    The leading dimensions *, none or parts of an embedding, are the log-kernel's to reduce. Log(2N-1) where all
+    pairs are alike; 0, without gradient, for N = 1. Averaged over ranks it is the single-process loss. Raises
+    ValueError if the shapes disagree. Chen et al. 2020, eq. 1; Tan et al. 2024 for kernels other than the cosine.
+    """
+    positive, negatives = _log_kernels(z, z_all, first, log_kernel)
+    excess = negatives - positive[:, None]
+    # log(1 + Σ exp(excess)), the largest exponent taken out. A logsumexp over a row of -inf (N = 1) has no gradient.
+    largest = excess.detach().amax(dim=1).clamp(min=0)
+    total = (excess - largest[:, None]).exp().sum(dim=1)
+    return (largest + torch.log1p(total + torch.expm1(-largest))).mean()
+
+
+def spectral(z: Tensor, z_all: Tensor, first: int) -> Tensor:
+    """Spectral contrastive loss: mean (a·b)² over all pairs a ≠ b of the 2N, less 2 mean a·b over the positives.
+
+    Arguments and reduction as for `contrastive_loss`; the positives are among the pairs. No temperature: the radius
+    of the embeddings plays its part. Unlike InfoNCE it isn't 0 for N = 1. HaoChen et al. 2021 (arXiv 2106.04156).
+    """
+    _check_shapes(z, z_all, first)
+    batch, total = z.shape[-2], z_all.shape[-2]
+    own = torch.arange(first, first + batch, device=z.device)
+    is_self = torch.cat([own, total + own])[:, None] == torch.arange(2 * total, device=z.device)
+    dot = _Product.apply(z.flatten(0, 1), z_all.flatten(0, 1)).masked_fill(is_self, 0)
+    positive = (z * _partners(z, z_all, first)).sum(dim=-1)
+    return dot.square().sum(dim=1).mean() / (2 * total - 1) - 2 * positive.mean()
+
+
+@torch.no_grad()
+def contrastive_accuracy(z: Tensor, z_all: Tensor, first: int, objective: Objective) -> Tensor:
+    """Fraction of this rank's anchors whose positive has a larger kernel than every negative, a scalar in [0, 1].
+
+    Arguments as for `contrastive_loss`. A tie counts as a miss, so that collapsed embeddings don't look perfect.
+    `spectral` ranks by dot product, a loss-level mixture by λ·log k₁ + (1-λ)·log k₂.
+    """
+    z, z_all = _widen(z, z_all)
+    if objective.kernel == "concat_sum":
+        z, z_all = _halves(z), _halves(z_all)
+    positive, negatives = _log_kernels(z, z_all, first, log_kernel(objective))
+    return (positive > negatives.amax(dim=1)).to(positive.dtype).mean()
+
+
+def temperature_equivalent(temperature: float, source: str, target: str, squared_radius: float = 1.0) -> float:
+    """The temperature at which the kernel `target` gives the loss that `source` gives at `temperature`.
+
+    Exact, between "cosine" and "gaussian" in the 2-norm: on a sphere |a-b|² = 2μ(1 - cos), so the Gaussian at 2μτ
+    is the cosine at τ, but for a constant factor of the kernel. ValueError for others: there is no such identity.
+    """
+    _require_positive("temperature", temperature)
+    _require_positive("radius (the squared radius of the sphere of embeddings)", squared_radius)
+    for kernel in (source, target):
+        if kernel not in ("cosine", "gaussian"):
+            raise ValueError(f"no temperature of the kernel {kernel!r} equals another's: choose 'cosine' or 'gaussian'")
+    if source == target:
+        return temperature
+    return temperature * 2 * squared_radius if source == "cosine" else temperature / (2 * squared_radius)
+
+
+# --- log-kernels: elementwise in (dot products, squared distances) --------------------------------------------------
+
+
+def cosine(dot: Tensor, squared_distance: Tensor, temperature: float, squared_radius: float = 1.0) -> Tensor:
+    """cos(a, b) / τ: NT-Xent (Chen et al. 2020, eq. 1). τ divides the cosine, whatever the radius."""
+    return dot / (temperature * squared_radius)
+
+
+def gaussian(dot: Tensor, squared_distance: Tensor, temperature: float) -> Tensor:
+    """-|a-b|² / τ: without the ½ of the usual exponent, so τ = 2σ². Equals `cosine` at τ / (2 squared_radius)."""
+    return -squared_distance / temperature
+
+
+def laplacian(dot: Tensor, squared_distance: Tensor, temperature: float, squared_radius: float = 1.0) -> Tensor:
+    """-|a-b| / τ. τ divides the distance; see `exponential`."""
+    return exponential(dot, squared_distance, temperature, 1.0, squared_radius)
+
+
+def exponential(
+    dot: Tensor, squared_distance: Tensor, temperature: float, gamma: float, squared_radius: float = 1.0
+) -> Tensor:
+    """-|a-b|^γ / τ (Tan et al. 2024). τ divides the power, so it has the unit of a distance to the γ.
+
+    Below γ = 2 a distance counts as at least 0.001 radii, and pairs closer than that have no gradient: the slope
+    at 0 is infinite (γ < 1) or undefined (γ = 1), and float32 can't tell such distances apart in a Gram matrix.
+    """
+    if gamma == 2:
+        return gaussian(dot, squared_distance, temperature)
+    if gamma < 2:
+        squared_distance = squared_distance.clamp(min=1e-6 * squared_radius)
+    return -squared_distance.pow(gamma / 2) / temperature
+
+
+def arccos(dot: Tensor, squared_distance: Tensor, temperature: float, order: int) -> Tensor:
+    """log J(θ) with cos θ = 1 - τ(1 - a·b), unit vectors, 0 < τ <= 1: τ *multiplies* the cosine's distance from 1.
+
+    order 1  J = π - θ
+    order 2  J = sin θ + (π-θ) cos θ
+    order 3  J = 3 sin θ cos θ + (π-θ)(1 + 2 cos²θ)
+
+    Cho and Saul 2009, degrees 0 to 2. cos θ is kept 1e-6 away from ±1, where the slope of θ is infinite.
+    """
+    # In half angles, from 1 - cos θ and 1 + cos θ apart, so that neither end loses digits. φ = π - θ, and towards
+    # φ = 0 (opposite vectors) J falls as φ, φ³/3, 4φ⁵/15.
+    below_one = (temperature * (1 - dot)).clamp(1e-6, 2 - 1e-6)
+    above_minus_one = (2 * (1 - temperature) + temperature * (1 + dot)).clamp(1e-6, 2 - 1e-6)
+    phi = 2 * torch.atan2(above_minus_one.sqrt(), below_one.sqrt())
+    if order == 1:
+        return phi.log()
+    if order == 2:
+        closed = phi.sin() - phi * phi.cos()
+        series = phi.pow(3) * _polynomial(phi.square(), _ORDER_2)
+    else:
+        closed = phi * (2 + (2 * phi).cos()) - 1.5 * (2 * phi).sin()
+        series = (2 * phi).pow(5) * _polynomial((2 * phi).square(), _ORDER_3)
+    return torch.where(phi < 1.5, series, closed).log()
+
+
+# Taylor coefficients, of sin φ - φ cos φ in φ³, φ⁵, … and, in x = 2φ, of x (2 + cos x) / 2 - 1.5 sin x in x⁵, x⁷, …
+# The leading terms of the closed forms cancel for small φ; for φ < 1.5 these many terms are exact in float64.
+_ORDER_2 = tuple((-1) ** (k + 1) * 2 * k / math.factorial(2 * k + 1) for k in range(1, 13))
+_ORDER_3 = tuple((-1) ** k * (k - 1) / math.factorial(2 * k + 1) for k in range(2, 16))
+
+
+def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    value = torch.zeros_like(x)
+    for coefficient in reversed(coefficients):
+        value = value * x + coefficient
+    return value
+
+
+def log_kernel(objective: Objective) -> LogKernel:
+    """The log-kernel of an objective; of `concat_sum` it takes [2, ...], both halves, and returns [...].
+
+    `spectral` isn't made of a kernel, nor is a loss-level mixture: they get what `contrastive_accuracy` ranks by.
+    """
+    if objective.kernel == "spectral":
+        return lambda dot, squared_distance: dot
+    if objective.kernel == "cosine":
+        return partial(cosine, temperature=objective.temperature, squared_radius=objective.squared_radius)
+    if objective.kernel == "gaussian":
+        return partial(gaussian, temperature=objective.temperature)
+    if objective.kernel == "laplacian":
+        return partial(laplacian, temperature=objective.temperature, squared_radius=objective.squared_radius)
+    if objective.kernel == "exponential":
+        return _parts(objective)[0]
+    if objective.kernel == "arccos":
+        return partial(arccos, temperature=objective.temperature, order=objective.order)
+
+    first_kernel, second_kernel = _parts(objective)
+    weight = objective.mix_weight
+
+    def mixture(dot: Tensor, squared_distance: Tensor) -> Tensor:
+        dots = dot if objective.kernel == "concat_sum" else (dot, dot)
+        squares = squared_distance if objective.kernel == "concat_sum" else (squared_distance, squared_distance)
+        log_first, log_second = first_kernel(dots[0], squares[0]), second_kernel(dots[1], squares[1])
+        if objective.mix_level == "loss":
+            return weight * log_first + (1 - weight) * log_second
+        return torch.logaddexp(math.log(weight) + log_first, math.log1p(-weight) + log_second)
+
+    return mixture
+
+
+def _parts(objective: Objective) -> tuple[LogKernel, LogKernel]:
+    """The exponential and the Gaussian log-kernel of a mixture."""
+    return (
+        partial(
+            exponential,
+            temperature=objective.temperature,
+            gamma=objective.gamma,
+            squared_radius=objective.squared_radius,
+        ),
+        partial(gaussian, temperature=objective.second_temperature or objective.temperature),
+    )
+
+
+# --- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def _log_kernels(z: Tensor, z_all: Tensor, first: int, log_kernel: LogKernel) -> tuple[Tensor, Tensor]:
+    """Log-kernels of the anchors' positives [2B] and negatives [2B, 2N], -inf where a column is no negative."""
+    _check_shapes(z, z_all, first)
+    partners = _partners(z, z_all, first)
+    positive = log_kernel((z * partners).sum(dim=-1), (z - partners).square().sum(dim=-1)).flatten()
+
+    rows, columns = z.flatten(-3, -2), z_all.flatten(-3, -2)
+    dot = _Product.apply(rows, columns)
+    squares = rows.square().sum(dim=-1)[..., :, None] + columns.square().sum(dim=-1)[..., None, :]
+    squared_distance = (squares - 2 * dot).clamp(min=0)
+
+    # Columns of the anchor's own image are itself and its positive. They get harmless arguments first, so that no
+    # infinite slope of the kernel meets their zero gradient (0·inf = NaN), then -inf.
+    batch, total = z.shape[-2], z_all.shape[-2]
+    own = torch.arange(first, first + batch, device=z.device)
+    same_image = (own[:, None] == torch.arange(total, device=z.device)).repeat(2, 2)
+    negatives = log_kernel(dot.masked_fill(same_image, 0), squared_distance.masked_fill(same_image, 1))
+    return positive, negatives.masked_fill(same_image, -math.inf)
+
+
+def _partners(z: Tensor, z_all: Tensor, first: int) -> Tensor:
+    """The positive of each anchor, [*, 2, B, D]: the same image in the other view."""
+    return z_all[..., first : first + z.shape[-2], :].flip(-3)
+
+
+def _halves(z: Tensor) -> Tensor:
+    """[2, B, D] -> [2 (halves), 2 (views), B, D/2]"""
+    if z.shape[-1] % 2:
+        raise ValueError(f"concat_sum halves the embedding, whose width {z.shape[-1]} is odd: choose an even head.out")
+    return z.unflatten(-1, (2, -1)).movedim(-2, 0)
+
+
+def _widen(z: Tensor, z_all: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(z.dtype, z_all.dtype), torch.float32)
+    return z.to(dtype), z_all.to(dtype)
+
+
+class _Product(torch.autograd.Function):
+    """a [..., n, D], b [..., m, D] -> a bᵀ [..., n, m], forward and backward in the tensors' own precision.
+
+    Divided by a temperature of 0.01, a dot product rounded by autocast, TF32 or bfloat16 would be off by whole units.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        with _full_precision(a.device.type):
+            return a @ b.mT
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,) = gradients
+        a, b = ctx.saved_tensors
+        with _full_precision(a.device.type):
+            return gradient @ b, gradient.mT @ a
+
+
+@contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """Matrix products of float32 as exact as float32 allows, whatever autocast and torch's global settings say."""
+    before = _get_precision()
+    try:
+        if before != _EXACT:
+            _set_precision(_EXACT)
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        if before != _EXACT:
+            _set_precision(before)
+
+
+# Torch 2.9 brought a setting per backend; the global one before it raises where a user has touched the new ones.
+_BACKENDS: list[Any] = [
+    matmul
+    for matmul in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    if hasattr(matmul, "fp32_precision")
+]
+_EXACT = ["ieee" for _ in _BACKENDS] or ["highest"]
+
+
+def _get_precision() -> list[str]:
+    return [backend.fp32_precision for backend in _BACKENDS] or [torch.get_float32_matmul_precision()]
+
+
+def _set_precision(precision: list[str]) -> None:
+    if not _BACKENDS:
+        torch.set_float32_matmul_precision(precision[0])
+    for backend, value in zip(_BACKENDS, precision, strict=False):
+        backend.fp32_precision = value
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def _check_shapes(z: Tensor, z_all: Tensor, first: int) -> None:
+    if z.ndim < 3 or z.shape[:-2] != z_all.shape[:-2] or z.shape[-3] != 2 or z.shape[-1] != z_all.shape[-1]:
+        raise ValueError(
+            f"shapes {tuple(z.shape)} and {tuple(z_all.shape)} don't fit: give own rows [2, B, D], columns [2, N, D]"
+        )
+    if not 0 <= first <= z_all.shape[-2] - z.shape[-2]:
+        raise ValueError(
+            f"first is {first}, but {z.shape[-2]} own images must lie within {z_all.shape[-2]}: "
+            f"give one from 0 to {z_all.shape[-2] - z.shape[-2]}"
+        )
+
+
+def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        nearest = get_close_matches(str(value), choices, n=1, cutoff=0)[0]
+        raise ValueError(f"{name} is {value!r}: did you mean {nearest!r}? Choose one of {', '.join(choices)}")
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}: choose a number above 0")
