@@ -1,0 +1,89 @@
+"""Checkpoints that are whole or not there, the newest valid one, and the encoder's export.
+
+A checkpoint is written under a temporary name in the same directory, flushed to the disk, and renamed. torch.save
+writes a zip archive, whose per-record CRC-32 tells a damaged file from a whole one. Nothing but tensors and plain
+values is stored: everything loads with weights_only=True.
+"""
+
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+_NAME = re.compile(r"step-(\d{8})\.pt")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write(temporary path)` make the new content, then put it in place of path: old or new, never half."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(folder: Path, state: dict[str, Any], step: int, keep_last: int) -> Path:
+    """Write step-NNNNNNNN.pt and point `latest` at it; then drop all but the newest keep_last. Rank 0 only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    replace_atomically(path, lambda temporary: torch.save(state, temporary))
+    replace_atomically(folder / "latest", lambda temporary: temporary.write_text(path.name + "\n"))
+    for old in all_steps(folder)[:-keep_last]:
+        old.unlink()
+    return path
+
+
+def all_steps(folder: Path) -> list[Path]:
+    """Checkpoint files in the order of their steps, whole or damaged."""
+    return sorted(p for p in folder.glob("step-*.pt") if _NAME.fullmatch(p.name)) if folder.is_dir() else []
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint; ValueError if the file is damaged or no checkpoint of ours."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"record {damaged} fails its checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "step" not in state or "model" not in state:
+            raise ValueError("it is no training checkpoint")
+    except Exception as error:  # zip's, pickle's and torch's errors have no common class
+        raise ValueError(f"checkpoint {path} can't be used: {' '.join(str(error).split())[:200]}") from error
+    return state
+
+
+def newest(folder: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that loads; damaged ones after it are reported and renamed to *.damaged. Rank 0 only."""
+    for path in reversed(all_steps(folder)):
+        try:
+            load(path)
+        except ValueError as error:
+            path.rename(path.with_suffix(".pt.damaged"))
+            report(f"{error}; kept aside as {path.name}.damaged, going on from the one before")
+        else:
+            return path
+    return None
+
+
+def export_encoder(path: Path, encoder: nn.Module, metadata: dict[str, str]) -> None:
+    """The encoder alone, torchvision key names, as safetensors; metadata says how to build and feed it."""
+    tensors: dict[str, Tensor] = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    replace_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))

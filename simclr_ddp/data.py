@@ -1,0 +1,260 @@
+"""From a .beton file, or the generated Spirograph set, to batches of views on this rank's device.
+
+What a batch holds depends only on (seed, step): step s of an epoch takes entries [s*N, (s+1)*N) of the epoch's
+permutation, rank r of them [r*B, (r+1)*B). The tail that does not fill a batch is dropped: padding would put
+duplicates, which are false negatives, into a batch.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from simclr_ddp import spirograph
+from simclr_ddp.augmentations import Augmentation, normalize
+from simclr_ddp.beton import Beton
+from simclr_ddp.crops import crop_boxes, evaluation_box, resize_crop
+from simclr_ddp.draws import Draw, permutation, view_uniforms
+
+SPIROGRAPH_IMAGES = {"train": 10_000, "test": 2_000}
+VIEWS = 2
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images to be decoded (`images`) or Spirograph numbers to be rendered (`numbers`), with their labels."""
+
+    source: str
+    count: int
+    labels: np.ndarray | None  # int64 [n] classes, float32 [n, k] numbers, or None
+    classes: list[str] | None
+    fingerprint: str
+    images: Beton | None = None
+    numbers: np.ndarray | None = None  # float32 [n, 10]
+
+    @property
+    def has_classes(self) -> bool:
+        return self.labels is not None and self.labels.ndim == 1
+
+    @property
+    def class_count(self) -> int:
+        if self.labels is None or self.labels.ndim != 1:
+            return 0
+        return max(len(self.classes or ()), int(self.labels.max()) + 1)
+
+
+def open_dataset(source: str, split: str) -> Dataset:
+    """A .beton file, or the generated set if source is "spirograph"; split is train or test.
+
+    Raises ValueError or FileNotFoundError in one sentence if the file is missing, no .beton, or truncated.
+    """
+    if source == "spirograph":
+        numbers = spirograph.numbers(SPIROGRAPH_IMAGES[split], split)
+        name = f"spirograph-{split}-{len(numbers)}"
+        return Dataset(source, len(numbers), numbers[:, :4], None, name, numbers=numbers)
+    beton = Beton(Path(source))
+    numbers = None
+    if beton.nuisance is not None and beton.labels is not None:
+        numbers = np.concatenate([beton.labels, beton.nuisance], 1).astype(np.float32)
+    return Dataset(source, beton.count, beton.labels, beton.classes, beton.fingerprint(), beton, numbers)
+
+
+class Batch(NamedTuple):
+    inputs: Tensor  # uint8 [V, B, 3, H, W] views, or float32 [B, 10] Spirograph numbers
+    index: Tensor  # int64 [B] position in the data set
+    labels: Tensor | None  # int64 [B] or float32 [B, k]
+
+
+def steps_per_epoch(dataset: Dataset, global_batch_size: int) -> int:
+    if dataset.count < global_batch_size:
+        raise ValueError(
+            f"data.train={dataset.source} holds {dataset.count} images, fewer than "
+            f"optim.global_batch_size={global_batch_size}: lower the batch size or bring more images"
+        )
+    return dataset.count // global_batch_size
+
+
+class Share(NamedTuple):
+    """Which part of every global batch is read here."""
+
+    seed: int
+    global_batch_size: int
+    rank: int
+    world_size: int
+
+
+def training_index(share: Share, count: int, start_step: int, total_steps: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, indices of all of this rank's batches from that step of the epoch on) of every epoch of the run.
+
+    indices  int64 [steps, B]
+    """
+    n, b = share.global_batch_size, share.global_batch_size // share.world_size
+    steps = count // n
+    step = start_step
+    while step < total_steps:
+        epoch, first = divmod(step, steps)
+        last = min(steps, first + total_steps - step)
+        order = permutation(share.seed, epoch, count)[: steps * n].reshape(steps, n)
+        yield epoch, order[first:last, share.rank * b : (share.rank + 1) * b]
+        step += last - first
+
+
+class _TrainingCuts:
+    """Sampler of a DataLoader: (indices [B], crop boxes [B, V, 4]) for every step from start_step on.
+
+    The boxes of an epoch are computed once, for all of this rank's samples together.
+    """
+
+    def __init__(self, dataset: Dataset, share: Share, steps: range, crop_scale: tuple[float, float]) -> None:
+        self.dataset, self.share, self.steps, self.crop_scale = dataset, share, steps, crop_scale
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        assert self.dataset.images is not None
+        sizes = self.dataset.images.sizes
+        for epoch, index in training_index(self.share, self.dataset.count, self.steps.start, self.steps.stop):
+            flat = index.reshape(-1)
+            boxes = crop_boxes(self.share.seed, epoch, flat, sizes[flat], VIEWS, self.crop_scale)
+            yield from zip(index, boxes.reshape(*index.shape, VIEWS, 4), strict=True)
+
+
+class _Decoder(TorchDataset):
+    """(indices [B], boxes [B, V, 4]) -> uint8 [V, B, 3, size, size]; each image is decoded once.
+
+    An image that can't be decoded is answered with the sentence that says so: the caller raises it, since an error
+    in a worker process would reach the user as two tracebacks.
+    """
+
+    def __init__(self, images: Beton, size: int) -> None:
+        self.images, self.size = images, size
+
+    def __getitem__(self, cuts: tuple[np.ndarray, np.ndarray]) -> Tensor | str:
+        index, boxes = cuts
+        out = np.empty((len(index), boxes.shape[1], self.size, self.size, 3), np.uint8)
+        for i, (sample, cut) in enumerate(zip(index, boxes, strict=True)):
+            try:
+                image = self.images.jpeg(int(sample))
+                for view, box in enumerate(cut):
+                    out[i, view] = resize_crop(image, box, self.size)
+            except (OSError, ValueError) as error:
+                return f"image {sample} of {self.images.path} can't be decoded ({error}): write the file again"
+        return torch.from_numpy(out).permute(1, 0, 4, 2, 3).contiguous()
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Workers inherit handlers and the terminal's Ctrl-C; only the training process may act on a signal."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _decoded(images: Beton, size: int, cuts: object, workers: int, device: torch.device) -> Iterator[Tensor]:
+    loader = DataLoader(
+        _Decoder(images, size),
+        sampler=cuts,  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_parent,
+        prefetch_factor=2 if workers else None,
+    )
+    for views in loader:
+        if isinstance(views, str):
+            raise ValueError(views)
+        yield views.to(device, non_blocking=True)
+
+
+def training_batches(
+    dataset: Dataset,
+    share: Share,
+    steps: range,
+    *,
+    size: int,
+    crop_scale: tuple[float, float],
+    workers: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """This rank's batches of the steps (counted from the start of the run), B = N / world_size images each."""
+    if dataset.numbers is None:
+        assert dataset.images is not None
+        cuts = _TrainingCuts(dataset, share, steps, crop_scale)
+        inputs = _decoded(dataset.images, size, cuts, workers, device)
+    else:
+        inputs = None
+    for _, index in training_index(share, dataset.count, steps.start, steps.stop):
+        for row in index:
+            batch = dataset.numbers[row] if inputs is None else None  # type: ignore[index]
+            views = torch.from_numpy(batch).to(device) if batch is not None else next(inputs)  # type: ignore[arg-type]
+            yield Batch(views, torch.from_numpy(row).to(device), _labels(dataset, row, device))
+
+
+def evaluation_batches(
+    dataset: Dataset, index: np.ndarray, *, size: int, batch_size: int, workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """The images of `index` [n] in that order, one central view each: inputs are uint8 [1, b, 3, size, size]."""
+    rows = [index[i : i + batch_size] for i in range(0, len(index), batch_size)]
+    if dataset.numbers is not None:
+        for row in rows:
+            yield Batch(
+                torch.from_numpy(dataset.numbers[row]).to(device),
+                torch.from_numpy(row).to(device),
+                _labels(dataset, row, device),
+            )
+        return
+    assert dataset.images is not None
+    sizes = dataset.images.sizes
+    cuts = [(row, np.array([[evaluation_box(*sizes[i], size)] for i in row])) for row in rows]
+    for row, views in zip(rows, _decoded(dataset.images, size, cuts, workers, device), strict=True):
+        yield Batch(views, torch.from_numpy(row).to(device), _labels(dataset, row, device))
+
+
+def _labels(dataset: Dataset, row: np.ndarray, device: torch.device) -> Tensor | None:
+    return None if dataset.labels is None else torch.from_numpy(dataset.labels[row]).to(device)
+
+
+def training_images(dataset: Dataset, augmentation: Augmentation, seed: int, dtype: torch.dtype) -> Callable:
+    """(batch inputs, epoch, index) -> augmented float views [V, B, 3, H, W].
+
+    Spirograph views are rendered from the four targets and fresh nuisance numbers; they are neither cropped nor
+    recoloured, which would destroy the targets.
+    """
+    if dataset.numbers is not None:
+
+        def render(numbers: Tensor, epoch: int, index: Tensor) -> Tensor:
+            draws = view_uniforms(seed, epoch, index, VIEWS, Draw.NUISANCE, 6, dtype)
+            return spirograph.views(numbers[:, :4].to(dtype), draws)
+
+        return render
+
+    def augment(views: Tensor, epoch: int, index: Tensor) -> Tensor:
+        return augmentation(views, view_uniforms(seed, epoch, index, VIEWS, 0, Draw.SOLARIZE + 1, dtype))
+
+    return augment
+
+
+def evaluation_images(dataset: Dataset, mean: list[float], std: list[float], dtype: torch.dtype) -> Callable:
+    """Batch inputs of `evaluation_batches` -> float images [1, B, 3, H, W], normalised as in training."""
+    if dataset.numbers is not None:
+        return lambda numbers: spirograph.render(numbers.to(dtype))[None]
+    return partial(normalize, mean=mean, std=std, dtype=dtype)
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_workers(wanted: int, local_ranks: int) -> int:
+    """Decoding processes for a rank: at most its share of the cores, at least one unless none are wanted."""
+    return min(wanted, max(1, cores() // local_ranks))

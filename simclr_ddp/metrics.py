@@ -1,0 +1,130 @@
+"""metrics.jsonl, its mirrors in Weights & Biases and TensorBoard, and progress on the screen."""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from simclr_ddp.config import Log
+
+
+class MetricsLog:
+    """Append-only metrics.jsonl with its W&B and TensorBoard mirrors; on rank 0 only.
+
+    Lines after `resume_step`, and a half-written last line, are cut off: every step is there once, in order.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int, log: Log, config: dict[str, Any]) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        _cut(self._path, resume_step)
+        self._file = self._path.open("a")
+        self._wandb = _wandb_run(run_dir, config) if log.wandb else None
+        self._tensorboard = _tensorboard_writer(run_dir, resume_step) if log.tensorboard else None
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        numbers = {k: v for k, v in line.items() if k != "step"}
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=line["step"])
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, line["step"])
+
+    def sync(self) -> None:
+        """Bring what is written to the disk, before a checkpoint that counts on it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; a half-written last line is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _cut(path: Path, resume_step: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _wandb_run(run_dir: Path, config: dict) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("log.wandb=true needs wandb: pip install wandb, or leave it off") from error
+    # The id is the run directory's name, so a resumed run continues its own curves.
+    name = run_dir.name
+    return wandb.init(project="simclr_ddp", id=name, name=name, dir=run_dir, config=config, resume="allow")
+
+
+def _tensorboard_writer(run_dir: Path, resume_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("log.tensorboard=true needs tensorboard: pip install tensorboard, or leave it off") from error
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: of the CUDA allocator, or this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Progress:
+    """A bar with rate and time left on a terminal, a plain line for each line of metrics elsewhere."""
+
+    def __init__(self, total: int, start: int, shown: bool) -> None:
+        self._shown, self._total, self._start, self._begin = shown, total, start, time.perf_counter()
+        on_terminal = shown and sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=start, unit="step", disable=not on_terminal, dynamic_ncols=True)
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def line(self, values: dict[str, Any]) -> None:
+        if not self._shown:
+            return
+        text = f"epoch {values['epoch']:.2f}  loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
+        if "probe_top1" in values:
+            text += f"  probe {values['probe_top1']:.1%}"
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text)
+            return
+        done = values["step"] - self._start
+        left = (time.perf_counter() - self._begin) / max(done, 1) * (self._total - values["step"])
+        print(f"step {values['step']}/{self._total}  {text}  {_clock(left)} left", flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"

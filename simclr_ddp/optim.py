@@ -1,0 +1,119 @@
+"""LARS, the parameter groups of all optimizers, and the guard against learning rates that can't work."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling, the rule of the SimCLR reference code (You et al. 2017 with changes).
+
+    For each tensor w with gradient g, in a group with adapt=True:
+
+        g   <- g + weight_decay * w
+        rho  = trust_coefficient * |w| / |g|      (1 where |w| or |g| is 0; no epsilon)
+        v   <- momentum * v + lr * rho * g        (the rate is inside the momentum)
+        w   <- w - v
+
+    Groups with adapt=False (biases, batch norm) take rho = 1 and no decay. The denominator is the norm of the sum
+    g + weight_decay * w, not the sum of norms of You et al., eq. 6. Multi-tensor, without host synchronisation.
+
+    `found_inf` (0-dim tensor) and `grad_scale`, set as attributes before step() as torch's fused optimizers take
+    them, make the step a no-op on the device or divide the gradients; torch.amp.GradScaler sets both.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust_coefficient: float = 0.001
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "adapt": True,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None, "a closure would need a second gradient"
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            weights = [w for w in group["params"] if w.grad is not None]
+            if not weights:
+                continue
+            for w in weights:
+                if "momentum_buffer" not in self.state[w]:
+                    self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+            buffers = [self.state[w]["momentum_buffer"] for w in weights]
+            gradients = [w.grad for w in weights]
+            if scale is not None:
+                gradients = list(torch._foreach_div(gradients, scale))
+            if group["weight_decay"] != 0 and group["adapt"]:
+                gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+            if group["adapt"]:
+                ratios = _trust_ratios(weights, gradients, group["trust_coefficient"])
+                updates = torch._foreach_mul(gradients, [r * group["lr"] for r in ratios])
+            else:
+                updates = torch._foreach_mul(gradients, group["lr"])
+            torch._foreach_add_(updates, torch._foreach_mul(buffers, group["momentum"]))
+            if found_inf is None:
+                torch._foreach_copy_(buffers, updates)
+                torch._foreach_sub_(weights, updates)
+            else:
+                skip = found_inf.bool()
+                for w, v, update in zip(weights, buffers, updates, strict=True):
+                    v.copy_(torch.where(skip, v, update))
+                    w.sub_(update.masked_fill_(skip, 0))
+
+
+def _trust_ratios(weights: list[Tensor], gradients: list[Tensor], trust_coefficient: float) -> list[Tensor]:
+    weight_norms = torch.stack(torch._foreach_norm(weights))
+    gradient_norms = torch.stack(torch._foreach_norm(gradients))
+    usable = (weight_norms > 0) & (gradient_norms > 0)
+    ratios = torch.where(usable, trust_coefficient * weight_norms / gradient_norms, 1.0)
+    return list(ratios.unbind())
+
+
+def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(weights, biases and batch-norm parameters) of a model, told apart by module type, never by name."""
+    weights, others = [], []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            (others if name == "bias" or isinstance(module, _BatchNorm) else weights).append(parameter)
+    return weights, others
+
+
+def make_optimizer(
+    model: nn.Module, name: str, weight_decay: float, momentum: float, trust_coefficient: float
+) -> torch.optim.Optimizer:
+    """LARS, SGD or AdamW over a model, batch norm and biases free of decay (and of LARS's adaptation).
+
+    The learning rate starts at 0 and is set before every step. SGD and AdamW are torch's fused ones, which, like
+    LARS, take found_inf.
+    """
+    weights, others = parameter_groups(model)
+    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if name == "lars":
+        groups[0]["adapt"], groups[1]["adapt"] = True, False
+        return LARS(groups, lr=0.0, momentum=momentum, trust_coefficient=trust_coefficient)
+    if name == "sgd":
+        sgd = torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=True)
+        for parameter in weights + others:  # torch leaves the buffer uninitialised if the first step is skipped
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
+    return torch.optim.AdamW(groups, lr=0.0, betas=(momentum, 0.999), fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm over all entries of a list of tensors: a scalar on their device, no host synchronisation."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))

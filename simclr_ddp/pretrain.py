@@ -1,0 +1,233 @@
+"""Contrastive pretraining: `torchrun --nproc_per_node=8 -m simclr_ddp.pretrain CONFIG.yaml key=value ...`
+
+Without arguments it trains on the generated Spirograph set. The same command goes on with a run that was stopped,
+and says so if it is finished. Plain `python -m` runs one process; the processes of torchrun share each batch.
+Exit status: 0 finished, 75 saved and paused by a signal, 2 settings, data or a diverging loss.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from simclr_ddp import checkpoint, cli, config, distributed
+from simclr_ddp.augmentations import Augmentation
+from simclr_ddp.config import Pretrain
+from simclr_ddp.data import VIEWS, Dataset, Share, open_dataset, training_batches, training_images, usable_workers
+from simclr_ddp.guard import LearningRateGuard, loss_warning
+from simclr_ddp.info_nce import KernelInfoNCE
+from simclr_ddp.metrics import MetricsLog
+from simclr_ddp.optim import set_learning_rate
+from simclr_ddp.report import Reporter
+from simclr_ddp.run import Plan, find_checkpoint, identity, locked, make_plan, record_start
+from simclr_ddp.runtime import Runtime, setup
+from simclr_ddp.state import State
+
+PAUSED = 75
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(pretrain, Pretrain, "[CONFIG.yaml]", __doc__ or "", argv)
+
+
+def pretrain(settings: Pretrain) -> int:
+    """Start, or go on with, the run that the settings describe; returns the exit status."""
+    runtime = setup(settings.device, settings.precision, settings.threads)
+    try:
+        dataset = open_dataset(settings.data.train, "train")
+        plan = make_plan(settings, dataset)
+        with locked(plan.run_dir):
+            saved = find_checkpoint(plan, identity(settings, runtime, dataset), settings.resume.force)
+            start = saved["step"] if saved else 0
+            if start >= plan.total_steps and (plan.run_dir / "encoder.safetensors").exists():
+                cli.say(f"{plan.run_dir} is finished ({start} steps); run_dir=... starts another run")
+                return 0
+            state = State(settings, runtime, dataset)
+            cli.say(state.loaded or "weights: random")
+            if saved:
+                state.restore(saved)
+            if distributed.is_main():
+                record_start(settings, runtime, plan, start)
+            return train(settings, runtime, dataset, plan, state, start)
+    finally:
+        distributed.stop()
+
+
+def train(settings: Pretrain, runtime: Runtime, dataset: Dataset, plan: Plan, state: State, start: int) -> int:
+    """The training loop, from step `start` to the last."""
+    device, n = runtime.device, settings.optim.global_batch_size
+    objective, augment = make_objective(settings), make_augmentation(settings, dataset, runtime)
+    batches = make_batches(settings, dataset, device, range(start, plan.total_steps))
+    model = make_parallel(settings, runtime, state)
+    guard = LearningRateGuard(state.optimizer, settings.optim.base_learning_rate, plan.peak_learning_rate)
+    log = MetricsLog(plan.run_dir, start, settings.log, config.plain(settings)) if distributed.is_main() else None
+    report = Reporter(log, start, plan.total_steps, n, device, runtime.precision == "fp16")
+    save = make_saver(settings, plan, state, report, identity(settings, runtime, dataset))
+
+    with stop_signals() as told_to_stop:
+        for step in range(start, plan.total_steps):
+            epoch, last_of_epoch = step // plan.steps_per_epoch, (step + 1) % plan.steps_per_epoch == 0
+            due = (step + 1) % settings.log.every_steps == 0 or last_of_epoch or step + 1 == plan.total_steps
+            rate = plan.learning_rate(step)
+            set_learning_rate(state.optimizer, rate)
+            with report.waiting():
+                inputs, index, labels = next(batches)
+
+            with runtime.autocast():
+                output = model(augment(inputs, epoch, index))  # y [V, B, d] raw projections
+            loss = objective(output.y[0], output.y[1])  # normalises, gathers, never below float32
+            probe_loss = 0 if state.probe is None else state.probe.loss(output.logits, labels, index)
+            state.zero_grad()
+            state.scaler.scale(loss + probe_loss).backward()
+
+            top1 = objective.top1(output.y[0], output.y[1]) if due else torch.zeros_like(loss)
+            mine = torch.stack([loss.detach(), top1, loss.new_tensor(told_to_stop())])
+            vector = torch.cat([distributed.all_sum(mine) / distributed.world_size(), state.gradient_norm()[None]])
+            guard.before(rate)
+            state.step(skip=~vector.isfinite().all())
+            cli.warn(guard.after(rate))
+
+            line = {"step": step + 1, "epoch": (step + 1) / plan.steps_per_epoch, "learning_rate": rate}
+            report.push(line, due, vector)
+            if last_of_epoch and state.probe is not None:
+                report.add(probe_top1=state.probe.validation_top1(state.model, settings.data, runtime))
+            if step + 1 == plan.warmup_steps:
+                report.epoch_loss()
+            elif step + 1 == plan.warmup_steps + max(plan.steps_per_epoch, 20):
+                cli.warn(loss_warning(report.epoch_loss(), objective, n, settings.optim.name))
+            if report.stop:
+                save(step + 1, now=True)
+                cli.say(f"paused at step {step + 1} of {plan.total_steps}: the same command goes on")
+                return PAUSED
+            save(step + 1)
+
+    report.close()
+    save(plan.total_steps, now=True)
+    if log is not None:
+        checkpoint.export_encoder(plan.run_dir / "encoder.safetensors", state.model.encoder, encoder_metadata(settings))
+        log.close()
+        cli.say(f"finished: {plan.run_dir}")
+    return 0
+
+
+def make_objective(settings: Pretrain) -> KernelInfoNCE:
+    loss = settings.loss
+    return KernelInfoNCE(
+        loss.kernel,
+        loss.temperature,
+        gamma=loss.gamma,
+        mix_weight=loss.mix_weight,
+        mix_level=loss.mix_level,
+        second_temperature=loss.second_temperature,
+        order=loss.order,
+        radius=loss.radius,
+        norm_p=loss.norm_p,
+    )
+
+
+def make_augmentation(settings: Pretrain, dataset: Dataset, runtime: Runtime) -> Callable[..., Tensor]:
+    """(batch inputs, epoch, index) -> float views [V, B, 3, H, W]."""
+    a = settings.data.augmentation
+    augmentation = Augmentation(
+        views=VIEWS,
+        flip=a.flip,
+        strength=a.strength,
+        jitter_probability=a.jitter,
+        order=a.order,
+        greyscale=a.greyscale,
+        blur=a.blur,
+        solarize=a.solarize,
+        mean=a.mean,
+        std=a.std,
+    )
+    return training_images(dataset, augmentation, settings.seed, runtime.dtype)
+
+
+def make_batches(settings: Pretrain, dataset: Dataset, device: torch.device, steps: range) -> Iterator:
+    """This rank's batches of those steps."""
+    workers = usable_workers(settings.data.workers, distributed.local_world_size())
+    if dataset.numbers is None and workers < settings.data.workers:
+        cli.say(f"data.workers={settings.data.workers} is lowered to {workers}: this rank's share of the cores")
+    share = Share(settings.seed, settings.optim.global_batch_size, distributed.rank(), distributed.world_size())
+    low, high = settings.data.augmentation.crop_scale
+    return training_batches(
+        dataset, share, steps, size=settings.data.size, crop_scale=(low, high), workers=workers, device=device
+    )
+
+
+def make_parallel(settings: Pretrain, runtime: Runtime, state: State) -> nn.Module:
+    """The model under DistributedDataParallel with final gradient buckets, compiled if asked for."""
+    model = distributed.data_parallel(state.model, runtime.device)
+    if settings.compile:
+        model = torch.compile(model)  # type: ignore[assignment]
+    batch = settings.optim.global_batch_size // distributed.world_size()
+    size = settings.data.size
+    blank = torch.zeros(VIEWS, batch, 3, size, size, device=runtime.device, dtype=runtime.dtype)
+
+    def forward_and_backward() -> None:
+        with runtime.autocast():
+            output = model(blank)
+        outputs = [output.y] if output.logits is None else [output.y, output.logits]
+        sum(o.float().square().mean() for o in outputs).backward()  # type: ignore[union-attr]
+
+    distributed.settle_buckets(model, forward_and_backward)
+    return model
+
+
+def make_saver(settings: Pretrain, plan: Plan, state: State, report: Reporter, agreed: dict) -> Callable[..., None]:
+    """save(step, now=False): on rank 0 write a checkpoint if one is due, by steps or by the clock, or `now`."""
+    every = settings.checkpoint
+    last = time.monotonic()
+
+    def save(step: int, now: bool = False) -> None:
+        nonlocal last
+        by_steps = every.every_steps and step % every.every_steps == 0
+        by_time = every.every_minutes and time.monotonic() - last > 60 * every.every_minutes
+        due = now or (step < plan.total_steps and (by_steps or by_time))
+        if not distributed.is_main() or not due or not report.flush():
+            return
+        saved = {"step": step, "identity": agreed, "config": config.plain(settings)}
+        saved |= {"world_size": distributed.world_size()} | state.to_save()
+        checkpoint.save(plan.run_dir / "checkpoints", saved, step, every.keep_last)
+        last = time.monotonic()
+
+    return save
+
+
+def encoder_metadata(settings: Pretrain) -> dict[str, str]:
+    """What it takes to build the encoder and feed it."""
+    model, data = settings.model, settings.data
+    return {
+        "arch": model.arch,
+        "width": repr(model.width),
+        "stem": model.stem,
+        "size": str(data.size),
+        "mean": repr(list(data.augmentation.mean)),
+        "std": repr(list(data.augmentation.std)),
+    }
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within, SIGTERM, SIGUSR1 and Ctrl-C only set a flag, which the yielded function tells; a second one kills."""
+    told = False
+
+    def handle(number: int, _: object) -> None:
+        nonlocal told
+        told = True
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield lambda: told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

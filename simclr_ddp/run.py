@@ -1,0 +1,121 @@
+"""A run's plan and its directory: how many steps, where its files lie, and whether a checkpoint belongs to it."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from simclr_ddp import checkpoint, cli, config, distributed
+from simclr_ddp.config import Pretrain
+from simclr_ddp.data import Dataset, steps_per_epoch
+from simclr_ddp.runtime import Runtime, describe
+from simclr_ddp.schedule import learning_rate, peak_learning_rate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps, learning rate and place of a run; equal on all ranks."""
+
+    run_dir: Path
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    peak_learning_rate: float
+    schedule: str
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.peak_learning_rate, self.warmup_steps, self.total_steps, self.schedule)
+
+
+def make_plan(settings: Pretrain, dataset: Dataset) -> Plan:
+    """Raises ValueError where settings and data do not fit together."""
+    optim, world_size = settings.optim, distributed.world_size()
+    if optim.global_batch_size % world_size:
+        raise ValueError(
+            f"optim.global_batch_size={optim.global_batch_size} does not divide among {world_size} ranks: "
+            f"take a multiple of {world_size}, or another number of processes"
+        )
+    if dataset.numbers is not None and settings.data.size != 32:
+        raise ValueError(f"data.size={settings.data.size}: Spirograph views are 32 pixels wide, data.size=32 is wanted")
+    steps = steps_per_epoch(dataset, optim.global_batch_size)
+    name = f"{settings.name}-{config.short_hash(config.result_keys(settings))}"
+    return Plan(
+        run_dir=Path(distributed.from_main(settings.run_dir or str(Path("runs") / name))),
+        steps_per_epoch=steps,
+        total_steps=optim.steps or optim.epochs * steps,
+        warmup_steps=round(optim.warmup_epochs * steps),
+        peak_learning_rate=peak_learning_rate(optim.base_learning_rate, optim.scaling, optim.global_batch_size),
+        schedule=optim.schedule,
+    )
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory, making it if need be; ValueError if another process is training in it."""
+    if not distributed.is_main():
+        yield
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise ValueError(f"run_dir={run_dir} can't be written ({error.strerror}): run_dir=... takes another") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is training in {run_dir}: wait for it, or run_dir=...") from error
+        except OSError:
+            cli.warn(f"{run_dir} lies on a file system without locks: nothing stops a second run in it")
+        yield
+    finally:
+        os.close(lock)
+
+
+def identity(settings: Pretrain, runtime: Runtime, dataset: Dataset) -> dict[str, Any]:
+    """What a checkpoint must agree in with the run that goes on from it: dotted keys, and the data's fingerprint."""
+    keys = config.result_keys(settings)
+    del keys["data.train"]  # a file may move; its fingerprint stays
+    return keys | {"precision": runtime.precision, "data fingerprint": dataset.fingerprint}
+
+
+def find_checkpoint(plan: Plan, wanted: dict[str, Any], force: list[str]) -> dict[str, Any] | None:
+    """The newest valid checkpoint of the run directory, on every rank; None if there is none.
+
+    Raises ValueError naming the keys in which it differs from the settings, unless resume.force names them.
+    """
+    folder = plan.run_dir / "checkpoints"
+    found = checkpoint.newest(folder, cli.warn) if distributed.is_main() else None
+    name = distributed.from_main(found.name if found else "")
+    if not name:
+        return None
+    saved = checkpoint.load(folder / name)
+    for key in sorted(wanted.keys() | saved["identity"].keys()):
+        then, now = saved["identity"].get(key), wanted.get(key)
+        if then != now and key not in force:
+            raise ValueError(
+                f"{key} is {now}, but the checkpoint {name} in {plan.run_dir} was made with {then}: "
+                f"run_dir=... starts another run, resume.force=[{key}] goes on anyway"
+            )
+        if then != now:
+            cli.say(f"resume.force: {key} changes from {then} to {now}")
+    if saved["world_size"] != distributed.world_size():
+        cli.say(f"the run was on {saved['world_size']} ranks and goes on with {distributed.world_size()}")
+    cli.say(f"going on from {folder / name}")
+    return saved
+
+
+def record_start(settings: Pretrain, runtime: Runtime, plan: Plan, step: int) -> None:
+    """Write config.yaml: the resolved settings, and for every start so far its step, versions and hardware."""
+    path = plan.run_dir / "config.yaml"
+    starts: list[Any] = []
+    if path.exists():
+        starts = list(OmegaConf.to_container(OmegaConf.load(path)).get("starts", []))  # type: ignore[union-attr]
+    starts = [s for s in starts if s["step"] < step] + [{"step": step} | describe(runtime)]
+    text = OmegaConf.to_yaml(OmegaConf.create(config.plain(settings) | {"starts": starts}))
+    checkpoint.replace_atomically(path, lambda temporary: temporary.write_text(text))

@@ -1,0 +1,75 @@
+"""Everything a run changes as it goes, built from the settings, saved and restored as one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simclr_ddp.config import Pretrain
+from simclr_ddp.data import Dataset
+from simclr_ddp.model import Encoder, SimCLR, initialize, projection_head
+from simclr_ddp.optim import global_norm, make_optimizer
+from simclr_ddp.probe import Probe
+from simclr_ddp.runtime import Runtime
+
+
+class State:
+    """Model, optimizers and loss scale. No generator state: randomness is a function of seed, epoch and sample."""
+
+    def __init__(self, settings: Pretrain, runtime: Runtime, dataset: Dataset) -> None:
+        torch.manual_seed(settings.seed)  # initial weights, drawn on the CPU: equal on all ranks and devices
+        encoder = Encoder(settings.model.arch, settings.model.width, settings.model.stem)
+        self.loaded = initialize(encoder, settings.model.init, settings.model.arch, settings.model.width)
+        head = settings.head
+        projection = projection_head(head.kind, encoder.width_out, head.layers, head.hidden, head.out)
+        classes = dataset.class_count if settings.probe.enabled else 0
+        self.model = SimCLR(encoder, projection, classes).to(runtime.device, runtime.dtype)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        fraction = settings.probe.validation_fraction
+        self.probe = Probe(dataset, fraction, settings.seed, runtime.device) if classes else None
+
+        trained = nn.ModuleList([self.model.encoder, self.model.projection_head])
+        optim = settings.optim
+        self.optimizer = make_optimizer(
+            trained, optim.name, optim.weight_decay, optim.momentum, optim.trust_coefficient
+        )
+        self.optimizers = [self.optimizer]
+        if self.model.probe is not None:
+            rate = settings.probe.learning_rate
+            self.optimizers.append(torch.optim.AdamW(self.model.probe.parameters(), rate, weight_decay=0, fused=True))
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def gradient_norm(self) -> Tensor:
+        return global_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def step(self, skip: Tensor) -> None:
+        """One update of all optimizers, a no-op on the device where `skip` (0-dim bool) is true.
+
+        With fp16 the loss scaler decides instead: it skips overflown gradients and lowers the scale.
+        """
+        for optimizer in self.optimizers:
+            if not self.scaler.is_enabled():
+                optimizer.found_inf, optimizer.grad_scale = skip.float(), None  # type: ignore[attr-defined]
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def to_save(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError if the checkpoint is of another model."""
+        try:
+            self.model.load_state_dict(saved["model"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"the checkpoint is of another model: {' '.join(str(error).split())[:200]}") from error
+        if self.scaler.is_enabled() and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])

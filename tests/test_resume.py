@@ -1,0 +1,110 @@
+"""Invariant 3: a run can't be lost, only paused. Real processes, killed with real signals."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from simclr_ddp import pretrain
+from simclr_ddp.metrics import read_metrics
+from tests import processes
+
+STEPS = 24
+
+
+def settings(images: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        f"data.train={images}",
+        f"run_dir={run_dir}",
+        "device=cpu",
+        "threads=1",
+        "data.size=16",
+        "data.workers=1",
+        "model.width=0.125",
+        "optim.global_batch_size=16",
+        f"optim.steps={STEPS}",
+        "optim.scaling=none",
+        "optim.base_learning_rate=0.5",
+        "optim.trust_coefficient=0.01",
+        "optim.warmup_epochs=0",
+        "checkpoint.every_steps=5",
+        "log.every_steps=1",
+        *more,
+    ]
+
+
+def final_state(run_dir: Path) -> dict:
+    return torch.load(run_dir / "checkpoints" / f"step-{STEPS:08d}.pt", weights_only=True)
+
+
+def assert_equal_bits(a: object, b: object, where: str = "") -> None:
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert isinstance(b, dict) and a.keys() == b.keys(), where
+        for key in a:
+            assert_equal_bits(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        assert isinstance(b, list) and len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal_bits(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(run_dir: Path, unbroken: Path) -> None:
+    one, other = final_state(run_dir), final_state(unbroken)
+    for part in ("model", "optimizers", "scaler"):
+        assert_equal_bits(one[part], other[part], part)
+    lines, expected = read_metrics(run_dir / "metrics.jsonl"), read_metrics(unbroken / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for key in ("loss", "contrastive_top1", "learning_rate", "probe_top1"):
+        assert [line.get(key) for line in lines] == [line.get(key) for line in expected]
+    assert not list((run_dir / "checkpoints").glob(".*")), "a temporary file is left"
+
+
+@pytest.mark.parametrize(("ranks", "precision"), [(4, "fp32"), (1, "bf16"), (1, "fp16")])
+def test_killed_and_started_again_ends_bitwise_equal(ranks: int, precision: str, images: Path, tmp_path: Path) -> None:
+    options = [f"precision={precision}"]
+    status, output = processes.run(
+        "simclr_ddp.pretrain", *settings(images, tmp_path / "unbroken", *options), ranks=ranks
+    )
+    assert status == 0, output
+    arguments = settings(images, tmp_path / "killed", *options)
+    for step, victim in ((8, 0), (13, ranks - 1)):  # in the middle of an epoch, 3 steps after a checkpoint
+        process = processes.start("simclr_ddp.pretrain", *arguments, ranks=ranks)
+        processes.wait_for_step(tmp_path / "killed", step, process)
+        pids = processes.rank_processes(process) if ranks > 1 else [process.pid]
+        os.kill(pids[victim], signal.SIGKILL)
+        status, output = processes.finish(process)
+        assert status != 0, output
+    status, output = processes.run("simclr_ddp.pretrain", *arguments, ranks=ranks)
+    assert status == 0 and "going on from" in output, output
+    assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
+
+
+def test_sigterm_saves_and_pauses_and_the_same_command_goes_on(images: Path, tmp_path: Path) -> None:
+    arguments = settings(images, tmp_path / "run", "checkpoint.every_steps=0")
+    process = processes.start("simclr_ddp.pretrain", *arguments)
+    processes.wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGTERM)
+    status, output = processes.finish(process)
+    assert status == pretrain.PAUSED and "paused at step" in output, output
+    status, output = processes.run("simclr_ddp.pretrain", *arguments)
+    assert status == 0 and "going on from" in output, output
+    status, output = processes.run("simclr_ddp.pretrain", *arguments)
+    assert status == 0 and "is finished" in output, output
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def test_a_signal_to_one_rank_pauses_all_at_the_same_step(images: Path, tmp_path: Path) -> None:
+    arguments = settings(images, tmp_path / "run", "optim.steps=400", "checkpoint.every_steps=0")
+    process = processes.start("simclr_ddp.pretrain", *arguments, ranks=2)
+    processes.wait_for_step(tmp_path / "run", 3, process)
+    os.kill(processes.rank_processes(process)[1], signal.SIGUSR1)
+    status, output = processes.finish(process)
+    assert status != 0 and output.count("paused at step") == 1, output
+    assert f"exitcode: {pretrain.PAUSED}" in output.replace(" ", "").replace("exitcode:", "exitcode: ")
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))) == 1
