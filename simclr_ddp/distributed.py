@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -120,18 +121,84 @@ def fail_together(message: str) -> None:
 
 
 def own_slice(count: int) -> slice:
-    """Which of `count` entries in rank order are this rank's; world_size must divide count."""
-    share = count // world_size()
-    return slice(rank() * share, (rank() + 1) * share)
+    """Which of `count` entries in rank order are this rank's; world_size must divide count. Without a group, all."""
+    share, position = count // world_size(), rank() if world_size() > 1 else 0
+    return slice(position * share, (position + 1) * share)
+
+
+def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of this rank's samples, float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type == "cpu":  # one fused pass, which torch.var_mean is not here
+        unused = torch.zeros(x.shape[1], dtype=wide)
+        return torch.batch_norm_update_stats(x, unused, unused.clone(), 0.0)
+    var, mean = torch.var_mean(x.to(wide), [0, *range(2, x.dim())], correction=0)
+    return mean, var
+
+
+def _global_statistics(mean: Tensor, var: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over all ranks from those of each, by one differentiable all-reduce of 2C numbers.
+
+    Every rank holds the same running mean, so it can serve as the origin: sums taken around it cancel little. In the
+    first steps the running mean is not there yet: float64 for these few numbers.
+    """
+    offset = mean.double() - origin.double()
+    moments = differentiable_sum(torch.stack([offset, var + offset.square()])) / world_size()
+    total_var = (moments[1] - moments[0].square()).clamp_min(0)
+    return (origin.double() + moments[0]).to(mean.dtype), total_var.to(var.dtype)
+
+
+def _normalize(x: Tensor, weight: Tensor, bias: Tensor | None, origin: Tensor, eps: float) -> Tensor:
+    """Cross-rank batch norm in ordinary differentiable operations: the definition, and slow."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    local_var, local_mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
+    mean, var = _global_statistics(local_mean, local_var, origin)
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    scale = weight * torch.rsqrt(var + eps)
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return (wide * scale.view(shape) + shift.view(shape)).to(x.dtype)
+
+
+class _CrossRankNormalize(torch.autograd.Function):
+    """`_normalize` by torch's fused kernels, and by definition where its gradient is to be differentiated again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, origin: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = _global_statistics(*_local_statistics(x), origin)
+        ctx.save_for_backward(x, weight, bias, origin, mean, var)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias, origin, mean, var = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
+            found = iter(
+                torch.autograd.grad(_normalize(x, weight, bias, origin, ctx.eps), inputs, gradient, create_graph=True)
+            )
+            return *(next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias)), None, None
+        # The gradient for constant statistics, then the part that flows through them:
+        # weight / std * (mean over all samples of dy + xhat * mean over all samples of dy * xhat).
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+        )
+        samples = x.numel() // x.shape[1] * world_size()
+        means = all_sum(torch.stack([dbias, dweight])) / samples * weight * torch.rsqrt(var + ctx.eps)
+        dx -= F.batch_norm(x, mean, var, means[1], means[0], training=False, eps=ctx.eps)
+        return dx, dweight, dbias if bias is not None else None, None, None
 
 
 class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm whose mean and variance are those of all ranks' samples together; [B, C] or [B, C, H, W].
 
-    One all-reduce of 2C numbers forward and one backward, on CPU and CUDA. Written as ordinary differentiable
-    operations around a differentiable sum, so second derivatives are right, unlike torch's SyncBatchNorm. Statistics
-    are float32 or wider; every rank must hold equally many samples. State-dict keys are BatchNorm's.
-    `shift=False` leaves out the bias (the last layer of SimCLR's projection head).
+    One all-reduce of 2C numbers forward and one backward, on CPU and CUDA. Differentiable twice, unlike torch's
+    SyncBatchNorm, whose backward reduces behind autograd's back. Statistics are float32 or wider; every rank must
+    hold equally many samples. State-dict keys are BatchNorm's. `shift=False` leaves out the bias (the last layer of
+    SimCLR's projection head).
     """
 
     def __init__(self, num_features: int, shift: bool = True) -> None:
@@ -148,27 +215,13 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        axes = [0, *range(2, input.dim())]
-        shape = [1, -1] + [1] * (input.dim() - 2)
-        wide = input if input.dtype == torch.float64 else input.float()
-        # Every rank holds the same running mean, so it can serve as the origin: with the sums taken around it
-        # the subtraction below cancels little, and one all-reduce is enough for mean and variance.
-        origin = self.running_mean.clone()
-        local_var, local_mean = torch.var_mean(wide, axes, correction=0)
-        offset = local_mean - origin
-        moments = differentiable_sum(torch.stack([offset, local_var + offset.square()])) / world_size()
-        var = moments[1] - moments[0].square()
-        mean = origin + moments[0]
-        scale = torch.rsqrt(var.clamp_min(0) + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight
-        bias = -mean * scale if self.bias is None else self.bias - mean * scale
+        out, mean, var = _CrossRankNormalize.apply(input, self.weight, self.bias, self.running_mean.clone(), self.eps)
         with torch.no_grad():
-            count = input.numel() // input.shape[1] * world_size()
+            samples = input.numel() // input.shape[1] * world_size()
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-            self.running_var.lerp_((var * (count / max(count - 1, 1))).to(self.running_var), self.momentum)
-        return torch.addcmul(bias.view(shape), wide, scale.view(shape)).to(input.dtype)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (samples / max(samples - 1, 1)), self.momentum)
+        return out
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:

@@ -1,0 +1,308 @@
+"""Collectives and cross-rank batch norm on real gloo ranks, against the same computation in one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from simclr_ddp import distributed
+from simclr_ddp.distributed import CrossRankBatchNorm
+from tests.ranks import Ranks
+
+WORLDS = (1, 2, 4)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# --- collectives ----------------------------------------------------------------------------------------------------
+
+
+def gathered(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """gather of this rank's images, and the gradient of a cubic function of it that is different on every rank."""
+    own = z[:, distributed.own_slice(z.shape[1])].clone().requires_grad_()
+    everything = distributed.gather(own)
+    (weights[distributed.rank()] * everything**3).sum().backward()
+    return everything.detach(), own.grad
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_gather_is_in_rank_order_and_sums_gradients(world_size: int, ranks: Ranks) -> None:
+    z, weights = random(2, 8, 3), random(world_size, 2, 8, 3, seed=1)
+    answers = ranks.run(world_size, gathered, z, weights)
+    expected = (weights.sum(0) * 3 * z**2).chunk(world_size, dim=1)
+    for rank, (everything, gradient) in enumerate(answers):
+        assert torch.equal(everything, z)
+        torch.testing.assert_close(gradient, expected[rank], rtol=1e-14, atol=1e-14)
+
+
+def gathered_from_strides(z: Tensor) -> Tensor:
+    own = z[:, distributed.own_slice(z.shape[1])]
+    return distributed.gather(own.transpose(0, 2).contiguous().transpose(0, 2))
+
+
+def test_gather_of_a_transposed_tensor(ranks: Ranks) -> None:
+    for everything in ranks.run(2, gathered_from_strides, random(2, 4, 3)):
+        assert torch.equal(everything, random(2, 4, 3))
+
+
+def summed(values: Tensor, weights: Tensor) -> list[Tensor]:
+    """differentiable_sum of each rank's row, with first, second and third derivatives."""
+    own = values[distributed.rank()].clone().requires_grad_()
+    total = distributed.differentiable_sum(own**2)
+    answers = [total]
+    for _ in range(3):
+        (gradient,) = torch.autograd.grad(
+            (weights[distributed.rank()] * answers[-1] ** 2).sum(), own, create_graph=True
+        )
+        answers.append(gradient)
+    return [a.detach() for a in answers]
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_differentiable_sum_any_number_of_times(world_size: int, ranks: Ranks) -> None:
+    values, weights = random(world_size, 3), random(world_size, 3, seed=1)
+    x = values.clone().requires_grad_()
+    last = (x**2).sum(0).expand(world_size, 3)
+    expected = [last]
+    for _ in range(3):
+        (last,) = torch.autograd.grad((weights * last**2).sum(), x, create_graph=True)
+        expected.append(last)
+    for rank, answers in enumerate(ranks.run(world_size, summed, values, weights)):
+        for got, wanted in zip(answers, expected, strict=True):
+            torch.testing.assert_close(got, wanted[rank].detach(), rtol=1e-12, atol=1e-12)
+
+
+def facts() -> dict:
+    value = {"name": "é \"' \n", "numbers": [1, 2.5, None, True], "rank": distributed.rank()}
+    ones = torch.ones(3)
+    total = distributed.all_sum(ones)
+    distributed.barrier()
+    return {
+        "from_main": distributed.from_main(value if distributed.is_main() else None),
+        "empty": distributed.from_main(""),
+        "in_place": total is ones,
+        "sum": total,
+        "slice": list(range(12))[distributed.own_slice(12)],
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+        "is_main": distributed.is_main(),
+    }
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_from_main_own_slice_and_the_facade(world_size: int, ranks: Ranks) -> None:
+    answers = ranks.run(world_size, facts)
+    assert [i for answer in answers for i in answer["slice"]] == list(range(12))
+    for rank, answer in enumerate(answers):
+        assert answer["from_main"] == {"name": "é \"' \n", "numbers": [1, 2.5, None, True], "rank": 0}
+        assert answer["empty"] == ""
+        assert answer["in_place"] and answer["sum"].tolist() == [world_size] * 3
+        assert (answer["rank"], answer["world_size"], answer["is_main"]) == (rank, world_size, rank == 0)
+
+
+def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    distributed.start(torch.device("cpu"))
+    assert not dist.is_initialized() and distributed.world_size() == 1 and distributed.is_main()
+    z = random(2, 4, 3)
+    assert distributed.gather(z) is z and distributed.differentiable_sum(z) is z and distributed.all_sum(z) is z
+    model = nn.Linear(2, 2)
+    assert distributed.data_parallel(model, torch.device("cpu")) is model
+
+
+def test_own_slice_without_a_group_is_everything_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program under torchrun that has made no process group is one rank of one."""
+    monkeypatch.setenv("RANK", "1")
+    assert list(range(6))[distributed.own_slice(6)] == list(range(6))
+
+
+def ended_together() -> str:
+    try:
+        distributed.fail_together("it diverges")
+    except ValueError as error:
+        return f"ValueError: {error}"
+    except SystemExit as error:
+        return f"exit {error.code}"
+    return "nothing"
+
+
+def test_fail_together_tells_once(ranks: Ranks) -> None:
+    assert ranks.run(4, ended_together) == ["ValueError: it diverges", "exit 2", "exit 2", "exit 2"]
+
+
+# --- batch norm -----------------------------------------------------------------------------------------------------
+
+
+def fill(norm: nn.Module) -> None:
+    """Scale, shift and running statistics that are not those of a new layer."""
+    channels = norm.num_features
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.3 * random(channels, seed=7))
+        if norm.bias is not None:
+            norm.bias.copy_(random(channels, seed=8))
+        norm.running_mean.copy_(random(channels, seed=9))
+        norm.running_var.copy_(random(channels, seed=10).exp())
+
+
+def derivatives(norm: nn.Module, x: Tensor, c: Tensor) -> dict[str, Tensor]:
+    """Value, gradients of a sine of it, and those of a gradient penalty (sums over the samples of `x`)."""
+    fill(norm)
+    x = x.clone().requires_grad_()
+    out = norm(x)
+    first = torch.autograd.grad((c * out.sin()).sum(), x, create_graph=True)[0]
+    penalty = first.square().sum()
+    answers = {"out": out, "first": first, "penalty": penalty, "mean": norm.running_mean, "var": norm.running_var}
+    answers["count"] = norm.num_batches_tracked
+    names, parameters = zip(*norm.named_parameters(), strict=True)
+    by_value = torch.autograd.grad((c * out.sin()).sum(), parameters, retain_graph=True)
+    by_penalty = torch.autograd.grad(penalty, (x, *parameters))
+    answers |= {f"first {n}": g for n, g in zip(names, by_value, strict=True)}
+    answers |= {f"second {n}": g for n, g in zip(("x", *names), by_penalty, strict=True)}
+    return {k: v.detach() for k, v in answers.items()}
+
+
+def cross_rank(x: Tensor, c: Tensor, shift: bool) -> dict[str, Tensor]:
+    own = distributed.own_slice(len(x))
+    return derivatives(CrossRankBatchNorm(x.shape[1], shift=shift).double(), x[own], c[own])
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("shape", [(8, 5), (8, 5, 3, 2)])
+def test_batch_norm_is_that_of_the_whole_batch(shape: tuple[int, ...], shift: bool, ranks: Ranks) -> None:
+    x, c = 1 + 2 * random(*shape), random(*shape, seed=1)
+    reference = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(shape[1], dtype=torch.float64)
+    if not shift:
+        reference.bias = None
+    expected = derivatives(reference, x, c)
+    assert min(expected[k].abs().max() for k in ("first", "second x", "second weight")) > 1e-3
+    for world_size in WORLDS:
+        answers = ranks.run(world_size, cross_rank, x, c, shift)
+        for key, wanted in expected.items():
+            of_ranks = [a[key] for a in answers]
+            if key in ("out", "first", "second x"):
+                got = torch.cat(of_ranks)
+            elif key in ("mean", "var", "count"):
+                assert all(torch.equal(v, of_ranks[0]) for v in of_ranks)
+                got = of_ranks[0]
+            else:
+                got = torch.stack(of_ranks).sum(0)
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def several_steps(x: Tensor) -> dict[str, Tensor]:
+    norm = CrossRankBatchNorm(x.shape[2]).double()
+    for batch in x:
+        norm(batch[distributed.own_slice(len(batch))])
+    return norm.state_dict()
+
+
+def test_running_statistics_after_several_steps(ranks: Ranks) -> None:
+    x = 3 + random(5, 8, 4, 3, 3)
+    reference = nn.BatchNorm2d(4, dtype=torch.float64)
+    for batch in x:
+        reference(batch)
+    for world_size in (2, 4):
+        for state in ranks.run(world_size, several_steps, x):
+            torch.testing.assert_close(state, dict(reference.state_dict()), rtol=1e-12, atol=1e-12)
+
+
+def test_state_dict_keys_are_those_of_torch() -> None:
+    ours, theirs = CrossRankBatchNorm(3).state_dict(), nn.BatchNorm2d(3).state_dict()
+    assert [(k, v.shape, v.dtype) for k, v in ours.items()] == [(k, v.shape, v.dtype) for k, v in theirs.items()]
+    assert "bias" not in CrossRankBatchNorm(3, shift=False).state_dict()
+
+
+def evaluated(x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    norm = CrossRankBatchNorm(x.shape[1]).double()
+    fill(norm)
+    before = {k: v.clone() for k, v in norm.state_dict().items()}
+    # Ranks evaluate unequally many images, so nothing may be reduced here.
+    return norm.eval()(x[: 2 + distributed.rank()]).detach(), before, norm.state_dict()
+
+
+def test_eval_mode_uses_running_statistics_and_no_collective(ranks: Ranks) -> None:
+    x = random(8, 3, 2, 2)
+    reference = nn.BatchNorm2d(3, dtype=torch.float64)
+    fill(reference)
+    for rank, (out, before, after) in enumerate(ranks.run(2, evaluated, x)):
+        torch.testing.assert_close(out, reference.eval()(x[: 2 + rank]).detach(), rtol=1e-12, atol=1e-12)
+        assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def in_float32(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    norm = CrossRankBatchNorm(x.shape[1])
+    out = norm(x[distributed.own_slice(len(x))])
+    return out.detach(), norm.running_mean, norm.running_var
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(1000.0, 1.0), (-30.0, 0.01)])
+def test_large_mean_and_small_variance_in_float32(mean: float, deviation: float, ranks: Ranks) -> None:
+    """In the first step, where running statistics are no help yet. The input itself is rounded, so is the output."""
+    x = (mean + deviation * random(64, 3)).float()
+    wanted = nn.BatchNorm1d(3, dtype=torch.float64)
+    out = wanted(x.double()).detach()
+    rounding = 2**-23 * abs(mean) / deviation
+    for world_size in WORLDS:
+        answers = ranks.run(world_size, in_float32, x)
+        assert (torch.cat([a[0] for a in answers]) - out).abs().max() < 4 * rounding
+        torch.testing.assert_close(answers[0][1].double(), wanted.running_mean, rtol=1e-6, atol=0)
+        torch.testing.assert_close(answers[0][2].double(), wanted.running_var, rtol=1e-5, atol=0)
+
+
+def under_autocast(x: Tensor) -> tuple[Tensor, ...]:
+    norm = CrossRankBatchNorm(x.shape[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = norm(x[distributed.own_slice(len(x))].bfloat16())
+    return out.detach(), norm.running_mean, norm.running_var
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_bf16_input_has_float32_statistics(world_size: int, ranks: Ranks) -> None:
+    x = 3 + random(16, 4, 5, 5, dtype=torch.float32)
+    wanted = nn.BatchNorm2d(4)
+    expected = wanted(x.bfloat16().float()).detach()
+    answers = ranks.run(world_size, under_autocast, x)
+    out = torch.cat([a[0] for a in answers])
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected.bfloat16(), rtol=2**-7, atol=2**-7)
+    for _, mean, var in answers:
+        assert mean.dtype == var.dtype == torch.float32
+        torch.testing.assert_close(mean, wanted.running_mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(var, wanted.running_var, rtol=1e-5, atol=1e-6)
+
+
+def test_other_shapes_are_refused(ranks: Ranks) -> None:
+    with pytest.raises(ValueError, match=r"takes \[B, C\] or \[B, C, H, W\], got a shape of \(2, 3, 4\)"):
+        CrossRankBatchNorm(3)(torch.zeros(2, 3, 4))
+    with pytest.raises(AssertionError, match=r"got a shape of \(4, 3, 4\)"):
+        ranks.run(2, in_float32, torch.zeros(8, 3, 4))
+
+
+# --- DDP ------------------------------------------------------------------------------------------------------------
+
+
+def settled(x: Tensor) -> dict:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), CrossRankBatchNorm(6), nn.ReLU(), nn.Linear(6, 2)).double()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    wrapped = distributed.data_parallel(model, torch.device("cpu"))
+    own = x[distributed.own_slice(len(x))]
+    distributed.settle_buckets(wrapped, lambda: wrapped(own).square().mean().backward())
+    unchanged = all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    no_gradients = all(p.grad is None for p in model.parameters())
+    wrapped(own).square().mean().backward()
+    gradients = {k: p.grad for k, p in model.named_parameters()}
+    unwrapped = distributed.unwrap(wrapped) is model
+    return {"unchanged": unchanged, "no_gradients": no_gradients, "gradients": gradients, "unwrapped": unwrapped}
+
+
+def test_settling_leaves_no_trace_and_ddp_averages(ranks: Ranks) -> None:
+    x = random(8, 4)
+    (alone,) = ranks.run(1, settled, x)
+    for world_size in (2, 4):
+        for answer in ranks.run(world_size, settled, x):
+            assert answer["unchanged"] and answer["no_gradients"] and answer["unwrapped"]
+            torch.testing.assert_close(answer["gradients"], alone["gradients"], rtol=1e-12, atol=1e-12)
+    assert alone["gradients"]["0.weight"].abs().max() > 1e-3
