@@ -6,6 +6,7 @@ and choices of each option, and error sentences that name the key, the value and
 
 import difflib
 import json
+import math
 from dataclasses import MISSING as DATACLASS_MISSING
 from dataclasses import dataclass, field, fields, is_dataclass
 from hashlib import sha256
@@ -17,10 +18,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 
 def option(
-    default: Any, meaning: str, choices: tuple[str, ...] = (), low: float | None = None, length: int | None = None
+    default: Any,
+    meaning: str,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    length: int | None = None,
 ) -> Any:
-    """A dataclass field with its help text, allowed values, least value (`low`, inclusive) and length of a list."""
-    metadata = {"meaning": meaning, "choices": choices, "low": low, "length": length}
+    """A dataclass field with its help text, allowed values, least and greatest value (inclusive; infinity only where
+    `high` says so) and length of a list."""
+    metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high, "length": length}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -33,15 +40,15 @@ def section(cls: type) -> Any:
 @dataclass
 class Augmentation:
     crop_scale: list[float] = option(
-        [0.08, 1.0], "least and largest area of a crop, as a share of the image", low=0, length=2
+        [0.08, 1.0], "least and largest area of a crop, as a share of the image", low=0, high=1, length=2
     )
-    flip: float = option(0.5, "probability of a horizontal flip", low=0)
+    flip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     strength: float = option(0.5, "colour jitter strength s: brightness, contrast, saturation 0.8s, hue 0.2s", low=0)
-    jitter: float = option(0.8, "probability of the colour jitter", low=0)
+    jitter: float = option(0.8, "probability of the colour jitter", low=0, high=1)
     order: str = option("permuted", "order of the four colour operations, per image", ("permuted", "fixed"))
-    greyscale: float = option(0.2, "probability of greyscale", low=0)
-    blur: list[float] = option([0.0, 0.0], "probability of Gaussian blur, per view", low=0, length=2)
-    solarize: list[float] = option([0.0, 0.0], "probability of solarization, per view", low=0, length=2)
+    greyscale: float = option(0.2, "probability of greyscale", low=0, high=1)
+    blur: list[float] = option([0.0, 0.0], "probability of Gaussian blur, per view", low=0, high=1, length=2)
+    solarize: list[float] = option([0.0, 0.0], "probability of solarization, per view", low=0, high=1, length=2)
     mean: list[float] = option([0.4914, 0.4822, 0.4465], "subtracted from each channel of [0, 1] images", length=3)
     std: list[float] = option([0.2023, 0.1994, 0.2010], "each channel is divided by it after the mean", length=3)
 
@@ -59,8 +66,8 @@ class Data:
 @dataclass
 class Model:
     arch: str = option("resnet18", "encoder", ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"))
-    width: float = option(0.25, "multiplies every channel count of the encoder", low=0.01)
-    stem: str = option("cifar", "first layers: 3x3, 3x3 + pool/3, or 7x7/2 + pool/2", ("cifar", "stl", "imagenet"))
+    width: float = option(0.5, "multiplies every channel count of the encoder", low=0.01)
+    stem: str = option("stl", "first layers: 3x3, 3x3 + pool/3, or 7x7/2 + pool/2", ("cifar", "stl", "imagenet"))
     init: str = option("random", "`random`, `torchvision` (its ImageNet weights), or a file of weights")
 
 
@@ -81,11 +88,11 @@ class Loss:
     )
     temperature: float = option(0.2, "divides the log-kernel: cosine/t, -distance^gamma/t; arccos multiplies", low=1e-6)
     gamma: float = option(1.0, "power of the distance: exponential, simple_sum and concat_sum", low=0.01)
-    mix_weight: float = option(0.5, "weight of the gamma kernel in the sums; the Gaussian has the rest", low=0)
+    mix_weight: float = option(0.5, "weight of the gamma kernel in the sums; the Gaussian has the rest", low=0, high=1)
     mix_level: str = option("kernel", "what the sums add: kernels (the paper) or losses (its code)", ("kernel", "loss"))
     second_temperature: float | None = option(None, "of the Gaussian in the sums; null: same as temperature", low=1e-6)
-    order: int = option(1, "arc-cosine order, 1 to 3", low=1)
-    norm_p: float = option(2.0, "norm that puts embeddings on the sphere; inf allowed", low=1)
+    order: int = option(1, "arc-cosine order, 1 to 3", low=1, high=3)
+    norm_p: float = option(2.0, "norm that puts embeddings on the sphere; inf allowed", low=1, high=math.inf)
     radius: float = option(1.0, "radius of that sphere", low=1e-6)
 
 
@@ -99,7 +106,7 @@ class Optim:
     scaling: str = option("linear", "x N/256, x sqrt(N)/4 (equal at 4,096), or x 1", ("linear", "sqrt", "none"))
     warmup_epochs: float = option(1.0, "linear rise of the learning rate from 0", low=0)
     weight_decay: float = option(1e-6, "not applied to biases and batch norm", low=0)
-    momentum: float = option(0.9, "of LARS and SGD; AdamW's first beta", low=0)
+    momentum: float = option(0.9, "of LARS and SGD; AdamW's first beta", low=0, high=1)
     schedule: str = option("cosine", "after the warm-up: cosine to 0, or constant", ("cosine", "constant"))
     trust_coefficient: float = option(0.001, "LARS: step length as a fraction of a tensor's norm, at rate 1", low=0)
 
@@ -108,7 +115,7 @@ class Optim:
 class Probe:
     enabled: bool = option(True, "train a linear classifier on the detached representation, where there are classes")
     learning_rate: float = option(1e-3, "of its AdamW", low=0)
-    validation_fraction: float = option(0.1, "images whose labels it never sees, scored every epoch", low=0)
+    validation_fraction: float = option(0.1, "images whose labels it never sees, scored every epoch", low=0, high=1)
 
 
 @dataclass
@@ -133,7 +140,7 @@ class Log:
 @dataclass
 class Pretrain:
     name: str = option("spirograph", "begins the name of the run directory; a config file's name by default")
-    seed: int = option(0, "of weights, order and augmentation")
+    seed: int = option(0, "of weights, order and augmentation", low=0, high=2**63 - 1)
     run_dir: str = option("", "output; empty: runs/<name>-<hash of the keys that change the result>")
     device: str = option("auto", "auto takes CUDA where there is one", ("auto", "cuda", "cpu"))
     precision: str = option("auto", "auto: bf16 where the processor has it", ("auto", "bf16", "fp16", "fp32", "fp64"))
@@ -156,13 +163,14 @@ class LinearEval:
     train: str = option("", "labelled training images; empty: the run's data.train")
     test: str = option("", "test images; empty: the run's data.test")
     l2: list[float] = option([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1], "ridge strengths to choose from", low=0)
-    validation_fraction: float = option(0.1, "of the training images, to choose the strength on", low=0)
+    validation_fraction: float = option(0.1, "of the training images, to choose the strength on", low=0, high=1)
     tolerance: float = option(1e-5, "largest gradient entry at which L-BFGS stops", low=0)
     max_iterations: int = option(1000, "of L-BFGS for each strength", low=1)
     batch_size: int = option(256, "images per forward pass and rank", low=1)
     random_encoder: bool = option(True, "evaluate an untrained encoder of the same kind beside it")
-    seed: int = option(0, "of the validation split and the untrained encoder")
+    seed: int = option(0, "of the validation split and the untrained encoder", low=0, high=2**63 - 1)
     device: str = option("auto", "auto takes CUDA where there is one", ("auto", "cuda", "cpu"))
+    precision: str = option("fp32", "of the forward passes", ("auto", "bf16", "fp16", "fp32", "fp64"))
     threads: int = option(0, "CPU threads per rank; 0 shares the cores among the ranks here", low=0)
     workers: int = option(4, "decoding processes per rank; lowered to the cores there are; 0 decodes in place", low=0)
 
@@ -174,7 +182,7 @@ class WriteDataset:
     split: str = option("train", "which part of a named data set, or of a folder that holds train/, test/ or val/")
     on_error: str = option("stop", "at an image that can't be decoded: stop, or leave it out", ("stop", "skip"))
     mode: str = option("auto", "how pixels are stored; auto: raw only where there is no JPEG", ("auto", "jpeg", "raw"))
-    quality: int = option(90, "of images that must be re-encoded as JPEG", low=1)
+    quality: int = option(90, "of images that must be re-encoded as JPEG", low=1, high=100)
     images: int | None = option(None, "write only the first so many images", low=1)
     overwrite: bool = option(False, "replace a file that exists")
 
@@ -249,12 +257,15 @@ def build(cls: type, layers: list[tuple[str, dict[str, Any]]]) -> Any:
                 near = near or [name for name in known if name.endswith("." + key)]
                 hint = f"did you mean {near[0]}?" if near else "--help lists every option"
                 raise ValueError(f"unknown option {key} in {origin}: {hint}")
+            if value == MISSING:
+                raise ValueError(f"{key}={value} in {origin}: {_type_name(known[key])} is wanted")
             try:
                 OmegaConf.update(config, key, value)
+                taken = OmegaConf.select(config, key)
             except OmegaConfBaseException as error:
                 wanted = _type_name(known[key])
                 raise ValueError(f"{key}={value} in {origin}: {wanted} is wanted") from error
-            _check_value(key, known[key], OmegaConf.select(config, key))
+            _check_value(key, known[key], taken)
     for key in known:
         if OmegaConf.is_missing(config, key):
             raise ValueError(f"{key} is missing: {known[key].metadata['meaning']}")
@@ -268,7 +279,7 @@ def _type_name(f: Any) -> str:
 
 
 def _check_value(key: str, f: Any, value: Any) -> None:
-    choices, low, length = f.metadata["choices"], f.metadata["low"], f.metadata["length"]
+    choices, low, high, length = (f.metadata[name] for name in ("choices", "low", "high", "length"))
     if length is not None and len(value) != length:
         raise ValueError(f"{key}={list(value)} has {len(value)} numbers: {length} are wanted")
     if choices and value not in choices:
@@ -276,8 +287,12 @@ def _check_value(key: str, f: Any, value: Any) -> None:
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(choices)} is wanted"
         raise ValueError(f"{key}={value} is not known: {hint}")
     for number in value if OmegaConf.is_list(value) else [value]:
+        if isinstance(number, float) and high != math.inf and not math.isfinite(number):
+            raise ValueError(f"{key}={number}: a finite number is wanted")
         if low is not None and number is not None and not number >= low:
             raise ValueError(f"{key}={number} is too small: at least {low:g} is wanted")
+        if high is not None and number is not None and not number <= high:
+            raise ValueError(f"{key}={number} is too large: at most {high:g} is wanted")
 
 
 def plain(config: Any) -> dict:

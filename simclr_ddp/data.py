@@ -199,6 +199,20 @@ def training_batches(
             yield Batch(views, torch.from_numpy(row).to(device), _labels(dataset, row, device))
 
 
+def views_at(
+    dataset: Dataset, seed: int, epoch: int, index: np.ndarray, *, size: int, crop_scale: tuple[float, float]
+) -> Tensor:
+    """The inputs that training gets of the images `index` [n] in an epoch: uint8 [V, n, 3, size, size], or numbers."""
+    if dataset.numbers is not None:
+        return torch.from_numpy(dataset.numbers[index])
+    assert dataset.images is not None
+    boxes = crop_boxes(seed, epoch, index, dataset.images.sizes[index], VIEWS, crop_scale)
+    views = _Decoder(dataset.images, size)[index, boxes]
+    if isinstance(views, str):
+        raise ValueError(views)
+    return views
+
+
 def evaluation_batches(
     dataset: Dataset, index: np.ndarray, *, size: int, batch_size: int, workers: int, device: torch.device
 ) -> Iterator[Batch]:

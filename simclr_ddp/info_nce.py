@@ -47,7 +47,7 @@ class KernelInfoNCE(nn.Module):
             mix_level=mix_level,
             second_temperature=second_temperature,
             order=order,
-            squared_radius=radius**2,
+            squared_radius=radius * abs(radius),  # a negative one is refused
             norm_p=norm_p,
         )
 
@@ -89,4 +89,5 @@ class KernelInfoNCE(nn.Module):
             raise ValueError(f"two equal shapes [n, d] are wanted, got {tuple(y_a.shape)} and {tuple(y_b.shape)}")
         with torch.autocast(y_a.device.type, enabled=False):
             z = normalize(torch.stack([y_a, y_b]), self.objective.squared_radius, self.objective.norm_p)
-        return z, distributed.gather(z), distributed.rank() * len(y_a)
+        z_all = distributed.gather(z)
+        return z, z_all, distributed.own_slice(z_all.shape[1]).start

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from simclr_ddp.cli import warn
 from simclr_ddp.config import Log
 
 
@@ -79,7 +80,12 @@ def _wandb_run(run_dir: Path, config: dict) -> Any:
         raise ValueError("log.wandb=true needs wandb: pip install wandb, or leave it off") from error
     # The id is the run directory's name, so a resumed run continues its own curves.
     name = run_dir.name
-    return wandb.init(project="simclr_ddp", id=name, name=name, dir=run_dir, config=config, resume="allow")
+    options = {"project": "simclr_ddp", "id": name, "name": name, "dir": run_dir, "config": config, "resume": "allow"}
+    try:
+        return wandb.init(**options)
+    except wandb.errors.UsageError as error:  # no key, and no terminal to ask for one
+        warn(f"Weights & Biases: {error}; logging offline under {run_dir}/wandb, `wandb sync` sends it later")
+        return wandb.init(**options, mode="offline")
 
 
 def _tensorboard_writer(run_dir: Path, resume_step: int) -> Any:

@@ -160,7 +160,8 @@ def initialize(encoder: Encoder, init: str, arch: str, width: float) -> str:
     init  random, torchvision (its newest ImageNet weights of arch, downloaded by rank 0 if not cached), or a file
 
     Tensors that the encoder lacks (a classifier) or has in another shape (the stem) are left out and named. Raises
-    ValueError if fewer than 95 % of the encoder's tensors are found.
+    ValueError if fewer than 95 % of the encoder's tensors are found, or if the file has further blocks: a deeper
+    encoder's tensors would all fit.
     """
     if init == "random":
         return ""
@@ -172,12 +173,13 @@ def initialize(encoder: Encoder, init: str, arch: str, width: float) -> str:
         weights = read_weights(init)
     own = encoder.state_dict()
     fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
-    share = len(fitting) / len(own)
-    missing = [k for k in own if k not in fitting]
-    if share < 0.95:
+    # Weights older than torch 0.4.1, some of torchvision's among them, don't count their batches.
+    missing = [k for k in own if k not in fitting and not k.endswith("num_batches_tracked")]
+    further = [k for k in weights if k not in own and k.startswith("layer")]
+    if len(missing) > 0.05 * len(own) or further:
         raise ValueError(
             f"model.init={init} fits only {len(fitting)} of the {len(own)} tensors of {arch} x {width:g} "
-            f"({missing[0]} is the first that does not): weights of the same arch and width are wanted"
+            f"({(missing or further)[0]} is the first that does not): weights of the same arch and width are wanted"
         )
     encoder.load_state_dict(fitting, strict=False)
     left = f"; random: {', '.join(missing)}" if missing else ""

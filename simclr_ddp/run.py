@@ -110,6 +110,15 @@ def find_checkpoint(plan: Plan, wanted: dict[str, Any], force: list[str]) -> dic
     return saved
 
 
+def read_settings(run_dir: Path) -> Pretrain:
+    """The settings in a run directory's config.yaml; ValueError if it is no run directory."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run_dir} is no run directory: it holds no config.yaml")
+    values = {k: v for k, v in config.read_yaml(path).items() if not k.startswith("starts")}
+    return config.build(Pretrain, [(str(path), values)])
+
+
 def record_start(settings: Pretrain, runtime: Runtime, plan: Plan, step: int) -> None:
     """Write config.yaml: the resolved settings, and for every start so far its step, versions and hardware."""
     path = plan.run_dir / "config.yaml"
