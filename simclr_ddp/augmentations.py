@@ -8,7 +8,6 @@ Images are float [B, 3, H, W] in [0, 1] and keep their dtype; factors, turns and
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -215,8 +214,8 @@ class Augmentation:
 
     strength            of the colour jitter: 1 for ImageNet, 0.5 for CIFAR
     jitter_probability, greyscale, flip  probabilities
-    order               "permuted": each image its own order of the four colour operators, as published code does;
-                        "fixed": brightness, contrast, saturation, hue, as the paper's listing does
+    permuted            each image has its own order of the four colour operators, as in published code; else
+                        brightness, contrast, saturation, hue, as in the paper's listing
     blur, solarize      probabilities, one for all views or one a view
     mean, std           three numbers each, or None: the views stay in [0, 1]
 
@@ -229,7 +228,7 @@ class Augmentation:
         views: int = 2,
         strength: float = 1.0,
         jitter_probability: float = 0.8,
-        order: Literal["fixed", "permuted"] = "permuted",
+        permuted: bool = True,
         greyscale: float = 0.2,
         blur: float | Sequence[float] = 0.0,
         solarize: float | Sequence[float] = 0.0,
@@ -239,8 +238,6 @@ class Augmentation:
     ) -> None:
         if strength < 0:
             raise ValueError(f"strength={strength:g} is negative; give 0 (no colour jitter) or more.")
-        if order not in ("fixed", "permuted"):
-            raise ValueError(f"order={order!r} is unknown; choose 'fixed' or 'permuted'.")
         if (mean is None) != (std is None):
             raise ValueError("mean and std go together; give both or neither.")
         for name, values in (("mean", mean), ("std", std)):
@@ -250,7 +247,7 @@ class Augmentation:
             raise ValueError(f"std={list(std)} holds a number that is not positive; give the channels' deviations.")
         self.views = views
         self.strength = strength
-        self.permuted = order == "permuted"
+        self.permuted = permuted
         self.flip = _per_view("flip", flip, views)
         self.jitter = _per_view("jitter_probability", jitter_probability if strength > 0 else 0.0, views)
         self.greyscale = _per_view("greyscale", greyscale, views)

@@ -7,11 +7,11 @@ duplicates, which are false negatives, into a batch.
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,15 +62,15 @@ def open_dataset(source: str, split: str) -> Dataset:
         name = f"spirograph-{split}-{len(numbers)}"
         return Dataset(source, len(numbers), numbers[:, :4], None, name, numbers=numbers)
     beton = Beton(Path(source))
-    numbers = None
+    drawn: np.ndarray | None = None
     if beton.nuisance is not None and beton.labels is not None:
-        numbers = np.concatenate([beton.labels, beton.nuisance], 1).astype(np.float32)
-    return Dataset(source, beton.count, beton.labels, beton.classes, beton.fingerprint(), beton, numbers)
+        drawn = np.concatenate([beton.labels, beton.nuisance], 1).astype(np.float32)
+    return Dataset(source, beton.count, beton.labels, beton.classes, beton.fingerprint(), beton, drawn)
 
 
 class Batch(NamedTuple):
     inputs: Tensor  # uint8 [V, B, 3, H, W] views, or float32 [B, 10] Spirograph numbers
-    index: Tensor  # int64 [B] position in the data set
+    sample: Tensor  # int64 [B] position in the data set
     labels: Tensor | None  # int64 [B] or float32 [B, k]
 
 
@@ -159,10 +159,10 @@ def _leave_signals_to_the_parent(_: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def _decoded(images: Beton, size: int, cuts: object, workers: int, device: torch.device) -> Iterator[Tensor]:
+def _decoded(images: Beton, size: int, cuts: Any, workers: int, device: torch.device) -> Iterator[Tensor]:
     loader = DataLoader(
         _Decoder(images, size),
-        sampler=cuts,  # type: ignore[arg-type]
+        sampler=cuts,
         batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
@@ -186,17 +186,9 @@ def training_batches(
     device: torch.device,
 ) -> Iterator[Batch]:
     """This rank's batches of the steps (counted from the start of the run), B = N / world_size images each."""
-    if dataset.numbers is None:
-        assert dataset.images is not None
-        cuts = _TrainingCuts(dataset, share, steps, crop_scale)
-        inputs = _decoded(dataset.images, size, cuts, workers, device)
-    else:
-        inputs = None
-    for _, index in training_index(share, dataset.count, steps.start, steps.stop):
-        for row in index:
-            batch = dataset.numbers[row] if inputs is None else None  # type: ignore[index]
-            views = torch.from_numpy(batch).to(device) if batch is not None else next(inputs)  # type: ignore[arg-type]
-            yield Batch(views, torch.from_numpy(row).to(device), _labels(dataset, row, device))
+    rows = (row for _, index in training_index(share, dataset.count, steps.start, steps.stop) for row in index)
+    cuts = _TrainingCuts(dataset, share, steps, crop_scale)
+    return _batches(dataset, rows, cuts, size, workers, device)
 
 
 def views_at(
@@ -218,23 +210,24 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """The images of `index` [n] in that order, one central view each: inputs are uint8 [1, b, 3, size, size]."""
     rows = [index[i : i + batch_size] for i in range(0, len(index), batch_size)]
-    if dataset.numbers is not None:
-        for row in rows:
-            yield Batch(
-                torch.from_numpy(dataset.numbers[row]).to(device),
-                torch.from_numpy(row).to(device),
-                _labels(dataset, row, device),
-            )
-        return
-    assert dataset.images is not None
-    sizes = dataset.images.sizes
-    cuts = [(row, np.array([[evaluation_box(*sizes[i], size)] for i in row])) for row in rows]
-    for row, views in zip(rows, _decoded(dataset.images, size, cuts, workers, device), strict=True):
-        yield Batch(views, torch.from_numpy(row).to(device), _labels(dataset, row, device))
+    cuts = []
+    if dataset.images is not None:
+        sizes = dataset.images.sizes
+        cuts = [(row, np.array([[evaluation_box(h, w, size)] for h, w in sizes[row].tolist()])) for row in rows]
+    return _batches(dataset, rows, cuts, size, workers, device)
 
 
-def _labels(dataset: Dataset, row: np.ndarray, device: torch.device) -> Tensor | None:
-    return None if dataset.labels is None else torch.from_numpy(dataset.labels[row]).to(device)
+def _batches(
+    dataset: Dataset, rows: Iterable[np.ndarray], cuts: Any, size: int, workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """A batch for each row of indices. `cuts` has the same rows with their crop boxes; Spirograph looks at no image."""
+    decoded = (
+        _decoded(dataset.images, size, cuts, workers, device) if dataset.images and dataset.numbers is None else None
+    )
+    for row in rows:
+        inputs = next(decoded) if decoded else torch.from_numpy(dataset.numbers[row]).to(device)  # type: ignore[index]
+        labels = None if dataset.labels is None else torch.from_numpy(dataset.labels[row]).to(device)
+        yield Batch(inputs, torch.from_numpy(row).to(device), labels)
 
 
 def training_images(dataset: Dataset, augmentation: Augmentation, seed: int, dtype: torch.dtype) -> Callable:

@@ -82,7 +82,7 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _Sum.apply(gradient)
 
 
@@ -99,7 +99,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(blocks, dim=1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = _Sum.apply(gradient)
         return total[:, own_slice(total.shape[1])]
 
@@ -124,6 +124,9 @@ def own_slice(count: int) -> slice:
     """Which of `count` entries in rank order are this rank's; world_size must divide count. Without a group, all."""
     share, position = count // world_size(), rank() if world_size() > 1 else 0
     return slice(position * share, (position + 1) * share)
+
+
+MOMENTUM = 0.1  # of the running statistics; TensorFlow's 0.9
 
 
 def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +176,7 @@ class _CrossRankNormalize(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, origin, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():
             inputs = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
@@ -202,9 +205,9 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     def __init__(self, num_features: int, shift: bool = True) -> None:
-        super().__init__(num_features)
+        super().__init__(num_features, momentum=MOMENTUM)
         if not shift:
-            self.bias = None
+            self.register_parameter("bias", None)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in (2, 4):
@@ -219,8 +222,8 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
         with torch.no_grad():
             samples = input.numel() // input.shape[1] * world_size()
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (samples / max(samples - 1, 1)), self.momentum)
+            self.running_mean.lerp_(mean, MOMENTUM)
+            self.running_var.lerp_(var * (samples / max(samples - 1, 1)), MOMENTUM)
         return out
 
 
@@ -231,8 +234,9 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     devices = [device.index] if device.type == "cuda" else None
     ddp = nn.parallel.DistributedDataParallel
     # Buffers are batch-norm statistics, which CrossRankBatchNorm keeps equal on all ranks. torch renamed the option.
-    option = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
-    return ddp(model, device_ids=devices, gradient_as_bucket_view=True, **{option: False})
+    name = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
+    options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, name: False}
+    return ddp(model, **options)
 
 
 def settle_buckets(model: nn.Module, forward_and_backward: Any) -> None:
@@ -252,14 +256,3 @@ def settle_buckets(model: nn.Module, forward_and_backward: Any) -> None:
     with torch.no_grad():
         for buffer, kept in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(kept)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DDP and torch.compile wrappers."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model

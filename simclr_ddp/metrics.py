@@ -80,7 +80,14 @@ def _wandb_run(run_dir: Path, config: dict) -> Any:
         raise ValueError("log.wandb=true needs wandb: pip install wandb, or leave it off") from error
     # The id is the run directory's name, so a resumed run continues its own curves.
     name = run_dir.name
-    options = {"project": "simclr_ddp", "id": name, "name": name, "dir": run_dir, "config": config, "resume": "allow"}
+    options: dict[str, Any] = {
+        "project": "simclr_ddp",
+        "id": name,
+        "name": name,
+        "dir": run_dir,
+        "config": config,
+        "resume": "allow",
+    }
     try:
         return wandb.init(**options)
     except wandb.errors.UsageError as error:  # no key, and no terminal to ask for one

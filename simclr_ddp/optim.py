@@ -81,7 +81,8 @@ def _trust_ratios(weights: list[Tensor], gradients: list[Tensor], trust_coeffici
 
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(weights, biases and batch-norm parameters) of a model, told apart by module type, never by name."""
-    weights, others = [], []
+    weights: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             (others if name == "bias" or isinstance(module, _BatchNorm) else weights).append(parameter)

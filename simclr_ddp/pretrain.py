@@ -75,12 +75,12 @@ def train(settings: Pretrain, runtime: Runtime, dataset: Dataset, plan: Plan, st
             rate = plan.learning_rate(step)
             set_learning_rate(state.optimizer, rate)
             with report.waiting():
-                inputs, index, labels = next(batches)
+                inputs, sample, labels = next(batches)
 
             with runtime.autocast():
-                output = model(augment(inputs, epoch, index))  # y [V, B, d] raw projections
+                output = model(augment(inputs, epoch, sample))  # y [V, B, d] raw projections
             loss = objective(output.y[0], output.y[1])  # normalises, gathers, never below float32
-            probe_loss = 0 if state.probe is None else state.probe.loss(output.logits, labels, index)
+            probe_loss = 0 if state.probe is None else state.probe.loss(output.logits, labels, sample)
             state.zero_grad()
             state.scaler.scale(loss + probe_loss).backward()
 
@@ -137,7 +137,7 @@ def make_augmentation(settings: Pretrain, dataset: Dataset, runtime: Runtime) ->
         flip=a.flip,
         strength=a.strength,
         jitter_probability=a.jitter,
-        order=a.order,
+        permuted=a.order == "permuted",
         greyscale=a.greyscale,
         blur=a.blur,
         solarize=a.solarize,
@@ -172,7 +172,7 @@ def make_parallel(settings: Pretrain, runtime: Runtime, state: State) -> nn.Modu
         with runtime.autocast():
             output = model(blank)
         outputs = [output.y] if output.logits is None else [output.y, output.logits]
-        sum(o.float().square().mean() for o in outputs).backward()  # type: ignore[union-attr]
+        torch.stack([o.float().square().mean() for o in outputs]).sum().backward()
 
     distributed.settle_buckets(model, forward_and_backward)
     return model

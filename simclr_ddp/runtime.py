@@ -44,7 +44,8 @@ def setup(device: str, precision: str, threads: int) -> Runtime:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(chosen)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it writes every new tensor twice
+    # Else every new tensor would be written twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     ranks = distributed.local_world_size()
     threads = threads or max(1, cores() // ranks)
     torch.set_num_threads(threads)

@@ -1,0 +1,102 @@
+"""Everything that only a GPU can show, in one command: `python -m benchmarks.gpu.suite [OUT.json]`
+
+Stages: the tests marked gpu, and a short training run on every GPU of this machine. The results, with hardware and
+versions, go to OUT.json, by default benchmarks/results/gpu_suite_<GPU>.json. Exit status 1 if a stage failed; the
+later stages run all the same.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+from simclr_ddp.metrics import read_metrics
+from simclr_ddp.runtime import Runtime, describe
+
+LIMIT = 240  # seconds for each stage
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("error: torch sees no GPU, and this suite needs one: the other tests are `make test`", file=sys.stderr)
+        return 2
+    runtime = Runtime(torch.device("cuda", 0), "bf16", torch.get_num_threads())
+    gpu = re.sub(r"\W+", "_", torch.cuda.get_device_name()).strip("_").lower()
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else f"benchmarks/results/gpu_suite_{gpu}.json")
+    results: dict[str, Any] = {"command": "python -m benchmarks.gpu.suite", "environment": describe(runtime)}
+    stages: dict[str, Callable[[], dict[str, Any]]] = {
+        "tests": gpu_tests,
+        "training": lambda: training(torch.cuda.device_count(), "optim.steps=300", "log.every_steps=20"),
+    }
+    for name, stage in stages.items():
+        print(f"stage {name} ...", flush=True)
+        begin = time.perf_counter()
+        results[name] = stage() | {"seconds": round(time.perf_counter() - begin, 1)}
+        print(json.dumps(results[name], indent=1), flush=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")  # after each stage: a lent machine may go at any time
+    print(f"wrote {out}")
+    return 0 if all(results[name]["passed"] for name in stages) else 1
+
+
+def run(command: list[str]) -> tuple[bool, str]:
+    """(ended well within the limit, the end of its output)"""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else str(error.stdout)
+        return False, f"{output[-3000:]}\nstopped after {LIMIT} s"
+    return done.returncode == 0, done.stdout[-3000:]
+
+
+def gpu_tests() -> dict[str, Any]:
+    """The tests marked gpu: counts, and the names and messages of those that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        passed, output = run(
+            [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        )
+        if not report.exists():
+            return {"passed": False, "output": output}
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    failures = {}
+    for case in cases:
+        for kind in ("failure", "error"):
+            for failure in case.findall(kind):
+                failures[f"{case.get('classname')}.{case.get('name')}"] = str(failure.get("message"))[:500]
+    skipped = sum(1 for case in cases if case.find("skipped") is not None)
+    return {"passed": passed, "tests": len(cases), "skipped": skipped, "failures": failures}
+
+
+def training(ranks: int, *overrides: str) -> dict[str, Any]:
+    """A short run of the default config: throughput after the first lines, memory, and loss at both ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+        passed, output = run([*launcher, "simclr_ddp.pretrain", f"run_dir={folder}/run", *overrides])
+        lines = read_metrics(Path(folder) / "run" / "metrics.jsonl")
+    if not passed or not lines:
+        return {"passed": False, "output": output}
+    rates = [line["images_per_second"] for line in lines[2:] or lines]
+    return {
+        "passed": lines[-1]["loss"] < lines[0]["loss"],
+        "ranks": ranks,
+        "overrides": list(overrides),
+        "first_loss": lines[0]["loss"],
+        "last_loss": lines[-1]["loss"],
+        "images_per_second": {"median": median(rates), "least": min(rates), "most": max(rates)},
+        "data_wait_fraction": median(line["data_wait_fraction"] for line in lines),
+        "peak_memory_bytes": max(line["peak_memory_bytes"] for line in lines),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The files under configs/: they load, say how they are run, and hold the published settings."""
+
+from pathlib import Path
+
+import pytest
+
+from simclr_ddp import config
+from simclr_ddp.config import Pretrain
+from simclr_ddp.info_nce import KernelInfoNCE
+from simclr_ddp.pretrain import make_objective
+
+FOLDER = Path(__file__).parent.parent / "configs" / "pretrain"
+FILES = sorted(FOLDER.glob("*.yaml"))
+CIFAR10, IMAGENET = [0.4914, 0.4822, 0.4465], [0.485, 0.456, 0.406]
+
+# methods of Chen et al. 2020 and Tan et al. 2023: view size, colour strength, blur, mean, stem
+PUBLISHED = {
+    "cifar10_cpu": (32, 0.5, [0.0, 0.0], CIFAR10, "cifar"),
+    "cifar10": (32, 0.5, [0.0, 0.0], CIFAR10, "cifar"),
+    "cifar100": (32, 0.5, [0.0, 0.0], [0.5071, 0.4865, 0.4409], "cifar"),
+    "stl10": (96, 1.0, [0.5, 0.5], [0.4409, 0.4279, 0.3868], "stl"),
+    "tiny_imagenet": (64, 1.0, [0.5, 0.5], IMAGENET, "cifar"),
+    "imagenet_resnet50": (224, 1.0, [0.5, 0.5], IMAGENET, "imagenet"),
+}
+
+
+def load(path: Path) -> Pretrain:
+    return config.build(Pretrain, [(str(path), config.read_yaml(path))])
+
+
+def test_spirograph_yaml_is_the_defaults() -> None:
+    assert load(FOLDER / "spirograph.yaml") == config.build(Pretrain, [])
+    text = (FOLDER / "spirograph.yaml").read_text()
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    assert body.strip() == config.to_yaml(config.build(Pretrain, [])).strip(), "every option is written out"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_it_loads_and_says_how_it_is_run(path: Path) -> None:
+    assert isinstance(make_objective(load(path)), KernelInfoNCE)
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any("# Command:" in line for line in head) and any("# Data:" in line for line in head)
+    command = next(line for line in head if "# Command:" in line)
+    assert path.name in command or path.stem == "spirograph"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_are_the_published_ones(name: str) -> None:
+    settings = load(FOLDER / f"{name}.yaml")
+    a = settings.data.augmentation
+    assert (settings.data.size, a.strength, a.blur, a.mean, settings.model.stem) == PUBLISHED[name]
+    assert (a.jitter, a.greyscale, a.flip, a.crop_scale) == (0.8, 0.2, 0.5, [0.08, 1.0])
+
+
+def test_every_config_is_covered() -> None:
+    assert {path.stem for path in FILES} == PUBLISHED.keys() | {"spirograph"}

@@ -1,0 +1,114 @@
+"""What only a GPU can show; skipped where there is none. `python -m benchmarks.gpu.suite` runs them by name."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simclr_ddp import KernelInfoNCE
+from simclr_ddp.distributed import CrossRankBatchNorm
+from simclr_ddp.optim import make_optimizer, set_learning_rate
+from tests import processes
+from tests.ranks import Ranks
+from tests.test_resume import assert_same_run, settings
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
+]
+
+
+def cuda_settings(images: Path, run_dir: Path, *more: str) -> list[str]:
+    return [a for a in settings(images, run_dir, *more) if a != "device=cpu"] + ["device=cuda"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_killed_and_resumed_on_the_gpu_is_bitwise_equal(precision: str, images: Path, tmp_path: Path) -> None:
+    option = f"precision={precision}"
+    status, output = processes.run("simclr_ddp.pretrain", *cuda_settings(images, tmp_path / "unbroken", option))
+    assert status == 0, output
+    process = processes.start("simclr_ddp.pretrain", *cuda_settings(images, tmp_path / "killed", option))
+    processes.wait_for_step(tmp_path / "killed", 8, process)
+    os.kill(process.pid, signal.SIGKILL)
+    processes.finish(process)
+    status, output = processes.run("simclr_ddp.pretrain", *cuda_settings(images, tmp_path / "killed", option))
+    assert status == 0, output
+    assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("kernel", ["cosine", "laplacian", "simple_sum", "concat_sum", "arccos", "spectral"])
+def test_loss_and_gradient_are_those_of_the_cpu(kernel: str) -> None:
+    torch.manual_seed(0)
+    y = torch.randn(2, 300, 64)
+    objective = KernelInfoNCE(kernel, 0.1)
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = y.to(device).requires_grad_()
+        with torch.autocast(device, torch.bfloat16):  # must not reach the loss
+            loss = objective(leaf[0], leaf[1])
+        loss.backward()
+        assert leaf.grad is not None
+        results.append((loss.detach().cpu(), leaf.grad.cpu()))
+    (loss_cpu, gradient_cpu), (loss_gpu, gradient_gpu) = results
+    assert torch.allclose(loss_gpu, loss_cpu, rtol=1e-5)
+    assert (gradient_gpu - gradient_cpu).norm() < 1e-3 * gradient_cpu.norm()
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_an_update_does_not_wait_for_the_gpu(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), CrossRankBatchNorm(8), nn.Flatten(), nn.Linear(8 * 36, 16)).cuda()
+    optimizer = make_optimizer(model, name, weight_decay=1e-4, momentum=0.9, trust_coefficient=0.001)
+    set_learning_rate(optimizer, 0.1)
+    images = torch.randn(4, 3, 8, 8, device="cuda")
+
+    def step(skip: Tensor) -> None:
+        model(images).square().mean().backward()
+        optimizer.found_inf, optimizer.grad_scale = skip, None  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    flags = [torch.zeros((), device="cuda"), torch.ones((), device="cuda")]
+    step(flags[0])
+    before = [p.clone() for p in model.parameters()]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(flags[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), "a skipped step changed it"
+
+
+def batch_norms() -> list[Tensor]:
+    """On a GPU that two gloo ranks share: ours, and torch's over the whole batch on this rank alone."""
+    from simclr_ddp import distributed
+
+    torch.manual_seed(0)
+    whole = torch.randn(8, 6, 4, 4, dtype=torch.float64, device="cuda") + 3
+    share = whole[distributed.own_slice(8)].clone().requires_grad_()
+    ours, reference = CrossRankBatchNorm(6).cuda().double(), nn.BatchNorm2d(6).cuda().double()
+    leaf = whole.clone().requires_grad_()
+    out, expected = ours(share), reference(leaf)
+    (out.pow(3).sum()).backward()
+    (expected.pow(3).sum()).backward()
+    assert share.grad is not None and leaf.grad is not None
+    assert ours.running_var is not None and reference.running_var is not None
+    return [
+        (out - expected[distributed.own_slice(8)]).abs().max().cpu(),
+        (share.grad - leaf.grad[distributed.own_slice(8)]).abs().max().cpu(),
+        (ours.running_var - reference.running_var).abs().max().cpu(),
+    ]
+
+
+def test_cross_rank_batch_norm_on_a_shared_gpu(ranks: Ranks) -> None:
+    for differences in ranks.run(2, batch_norms):
+        assert max(d.item() for d in differences) < 1e-10
+
+
+def test_a_compiled_run_trains(images: Path, tmp_path: Path) -> None:
+    arguments = cuda_settings(images, tmp_path / "run", "precision=bf16", "compile=true", "optim.steps=6")
+    status, output = processes.run("simclr_ddp.pretrain", *arguments)
+    assert status == 0 and "finished" in output, output
