@@ -32,8 +32,8 @@ def main() -> int:
 
 def summary(run_dir: Path) -> str:
     """The evaluation beside that of the untrained encoder, and where the files are."""
-    result = json.loads((run_dir / "linear_eval.json").read_text())
-    trained, random = result["trained"]["mse"], result["random"]["mse"]
+    results = json.loads((run_dir / "linear_eval.json").read_text())["results"]
+    trained, random = results["trained"]["mse"], results["random"]["mse"]
     return (
         f"linear regression of the four generating numbers, mean squared error on the test images: "
         f"{trained:.4f} trained, {random:.4f} untrained encoder\n"

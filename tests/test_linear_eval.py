@@ -1,0 +1,340 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from simclr_ddp import checkpoint, data, linear_eval
+from simclr_ddp.config import LinearEval
+from simclr_ddp.crops import resize_crop
+from simclr_ddp.data import Dataset, open_dataset
+from simclr_ddp.pretrain import encoder_metadata
+from simclr_ddp.representations import load_encoder, random_encoder, representations
+from simclr_ddp.run import read_settings
+from simclr_ddp.runtime import Runtime, setup
+from simclr_ddp.spirograph import TARGETS
+from simclr_ddp.write_dataset import write_dataset
+from tests.conftest import write_images
+from tests.ranks import Ranks
+from tests.test_parity import settings, train
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, images: Path) -> dict[str, Path]:
+    """Small data sets: two classes of images to train and test on, three classes, Spirograph, and without labels."""
+    folder = tmp_path_factory.mktemp("data")
+    found = {"train": images}
+    for name, count, classes in (("test", 30, 2), ("three", 30, 3), ("one", 20, 1)):
+        write_dataset(str(write_images(folder / name, count, classes=classes, seed=1)), folder / f"{name}.beton")
+    write_dataset(str(folder / "one" / "class0"), folder / "unlabelled.beton")
+    for split in ("train", "test"):
+        write_dataset("spirograph", folder / f"spirograph-{split}.beton", images=256, split=split)
+    return found | {path.stem: path for path in folder.glob("*.beton")}
+
+
+@pytest.fixture(scope="module")
+def trained(files: dict[str, Path], ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of ten steps."""
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    more = ("precision=fp32", f"data.test={files['test']}", "checkpoint.every_steps=5", f"optim.steps={STEPS}")
+    ranks.run(1, train, settings(files["train"], run_dir, *more))
+    return run_dir
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def evaluate(path: Path, *more: str) -> dict[str, Any]:
+    quick = ("device=cpu", "threads=1", "workers=0", "--debug")
+    assert linear_eval.main([str(path), *quick, *more]) == 0
+    return json.loads(((path if path.is_dir() else path.parent) / "linear_eval.json").read_text())
+
+
+def evaluate_on_ranks(path: Path, *more: str) -> None:
+    """What each of the ranks does; rank 0 alone leaves a file."""
+    quick = ("device=cpu", "threads=1", "workers=0", "--debug")
+    assert linear_eval.main([str(path), *quick, *more]) == 0
+
+
+def without_seconds(results: dict[str, Any]) -> dict[str, Any]:
+    return {name: {k: v for k, v in result.items() if not k.endswith("_seconds")} for name, result in results.items()}
+
+
+def test_a_run_is_evaluated_from_end_to_end(
+    run: Path, files: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    record = evaluate(run)
+    result = record["results"]["trained"]
+    assert result["top1"] > 0.75  # a class is a tint; chance is one half
+    assert result["top5"] is None and set(record["results"]) == {"trained", "random"}
+    assert [t["l2"] for t in result["validation"]] == [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
+    assert result["l2"] == max(result["validation"], key=lambda t: (t["top1"], t["l2"]))["l2"]
+    assert result["converged"] and result["gradient"] <= 1e-5 and result["features"] == 32
+    assert record["train"]["images"] == 40 and record["test"]["images"] == 30 and record["validation_images"] == 4
+    assert record["test"]["fingerprint"] == open_dataset(str(files["test"]), "test").fingerprint
+    assert record["encoder"]["size"] == 16 and record["settings"]["tolerance"] == 1e-5
+    assert record["runtime"]["precision"] == "fp32" and record["seconds"] > 0
+    printed = capfd.readouterr().out
+    assert f"top-1  {result['top1']:>25.2%}".replace(" ", "") in printed.replace(" ", "")
+    assert "random encoder" in printed and "no top-5: with 2 classes" in printed
+    assert "trained encoder, train: 40 of 40 images" in printed and "images/s" in printed
+    assert not list(run.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
+def test_representations_are_those_of_the_whole_image_in_order(
+    trained: Path, files: dict[str, Path], precision: str
+) -> None:
+    loaded, dataset = load_encoder(trained), open_dataset(str(files["train"]), "train")
+    runtime = setup("cpu", precision, 1)
+    expected = []
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (loaded.spec.mean, loaded.spec.std))
+    oracle = load_encoder(trained).encoder.double().eval()
+    assert dataset.images is not None
+    for i in range(dataset.count):
+        picture = dataset.images.jpeg(i)
+        pixels = torch.from_numpy(resize_crop(picture, (0, 0, picture.height, picture.width), 16).copy())
+        with torch.no_grad():
+            expected.append(oracle(((pixels.permute(2, 0, 1) / 255.0).double() - mean).div(std)[None])[0])
+    h = representations(
+        loaded.encoder, dataset, loaded.spec, runtime, batch_size=7, workers=0, title="the trained encoder"
+    )
+    assert h.dtype == runtime.dtype
+    tolerance = {"fp32": 1e-5, "fp64": 1e-6, "bf16": 0.05}[precision]
+    torch.testing.assert_close(h.double(), torch.stack(expected), rtol=tolerance, atol=tolerance)
+
+
+def gathered(run_dir: Path, file: Path, precision: str) -> Tensor:
+    runtime = setup("cpu", precision, 1)
+    loaded, dataset = load_encoder(run_dir), open_dataset(str(file), "train")
+    return representations(loaded.encoder, dataset, loaded.spec, runtime, batch_size=13, workers=0, title="all")
+
+
+def test_any_ranks_give_the_representations_of_one(trained: Path, files: dict[str, Path], ranks: Ranks) -> None:
+    # Three ranks: 14, 13 and 13 of 40 images in batches of 13, so that rank 0 alone has a second one.
+    (alone,) = ranks.run(1, gathered, trained, files["train"], "fp64")
+    assert alone.shape == (40, 32) and len(alone.unique(dim=0)) == 40
+    for world_size in (2, 3):
+        first, *others = ranks.run(world_size, gathered, trained, files["train"], "fp64")
+        torch.testing.assert_close(first, alone, rtol=1e-12, atol=1e-12)
+        assert all(h.shape == (0, 32) for h in others)
+
+
+def test_two_ranks_evaluate_as_one(run: Path, ranks: Ranks) -> None:
+    records = []
+    for world_size in (1, 2):
+        ranks.run(world_size, evaluate_on_ranks, run, "precision=fp64")
+        records.append(json.loads((run / "linear_eval.json").read_text()))
+        (run / "linear_eval.json").unlink()
+    one, two = records
+    assert one["runtime"]["world_size"] == 1 and two["runtime"]["world_size"] == 2
+    for name in ("trained", "random"):
+        a, b = one["results"][name], two["results"][name]
+        assert (a["top1"], a["l2"]) == (b["top1"], b["l2"])
+        assert [t["top1"] for t in a["validation"]] == [t["top1"] for t in b["validation"]]
+
+
+def test_directory_checkpoint_and_exported_encoder_agree(
+    run: Path, files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    exported = evaluate(run)
+    assert exported["step"] is None and exported["file"].endswith("encoder.safetensors")
+    figures = without_seconds(exported["results"])
+    assert without_seconds(evaluate(run / "encoder.safetensors")["results"]) == figures
+
+    last = run / "checkpoints" / f"step-{STEPS:08d}.pt"
+    record = evaluate(last)
+    assert record["step"] == STEPS and without_seconds(record["results"]) == figures
+    assert (last.parent / "linear_eval.json").exists()
+    early = evaluate(last.with_name("step-00000005.pt"), "random_encoder=false")
+    assert early["step"] == 5 and set(early["results"]) == {"trained"}
+    weights = [load_encoder(last.with_name(f"step-{step:08d}.pt")).encoder.conv1.weight for step in (5, STEPS)]
+    assert not torch.equal(*weights)
+
+    alone = Path(shutil.copy(run / "encoder.safetensors", tmp_path / "alone.safetensors"))
+    given = evaluate(alone, f"train={files['train']}", f"test={files['test']}")
+    assert without_seconds(given["results"]) == figures and (tmp_path / "linear_eval.json").exists()
+
+    # Without an exported encoder: the newest valid checkpoint; a damaged one stays where it is.
+    (run / "encoder.safetensors").unlink()
+    last.write_bytes(last.read_bytes()[:-100])
+    capfd.readouterr()
+    assert evaluate(run, "random_encoder=false")["step"] == 5
+    assert "going on with the one before" in capfd.readouterr().err and last.exists()
+
+
+def test_spirograph_files_are_regressed(
+    trained: Path, files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    encoder = Path(shutil.copy(trained / "encoder.safetensors", tmp_path))
+    more = [f"{split}={files[f'spirograph-{split}']}" for split in ("train", "test")]
+    record = evaluate(encoder, *more, "l2=[1e-3,1e-2,1e-1,1]")
+    results = record["results"]
+    y_train, y_test = (open_dataset(text.partition("=")[2], "train").labels for text in more)
+    assert y_train is not None and y_test is not None
+    baseline = ((y_test.astype(float) - y_train.astype(float).mean(0)) ** 2).mean(0)
+    assert list(results["predict_the_mean"]["mse_of"]) == list(TARGETS)
+    np.testing.assert_allclose(list(results["predict_the_mean"]["mse_of"].values()), baseline, rtol=1e-6)
+    assert results["predict_the_mean"]["mse"] == pytest.approx(baseline.mean(), rel=1e-6)
+    for name in ("trained", "random"):
+        assert results[name]["mse"] == pytest.approx(np.mean(list(results[name]["mse_of"].values())))
+        tried = results[name]["validation"]
+        assert results[name]["l2"] == min(tried, key=lambda t: t["mse"])["l2"]
+    assert results["trained"]["mse"] < 0.9 * min(results[name]["mse"] for name in ("random", "predict_the_mean"))
+    printed = capfd.readouterr().out
+    assert "predict the mean" in printed and all(f"MSE, {name}" in printed for name in TARGETS)
+
+
+def test_the_generated_set_is_regressed(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "SPIROGRAPH_IMAGES", {"train": 200, "test": 100})
+    encoder = Path(shutil.copy(trained / "encoder.safetensors", tmp_path))
+    record = evaluate(encoder, "train=spirograph", "test=spirograph", "random_encoder=false")
+    assert record["train"] == {
+        "source": "spirograph",
+        "fingerprint": "spirograph-train-200",
+        "images": 200,
+        "labels": "4 numbers",
+        "classes": None,
+    }
+    assert record["results"]["trained"]["mse"] < record["results"]["predict_the_mean"]["mse"]
+
+
+def test_the_random_encoder_belongs_to_the_seed(run: Path) -> None:
+    spec = load_encoder(run).spec
+    state = torch.get_rng_state()
+    one, again, other = (random_encoder(spec, seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, again[k]) for k, v in one.items())
+    assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
+    first, second, third = (evaluate(run, f"seed={seed}", "l2=[1e-3]")["results"] for seed in (1, 1, 2))
+    assert without_seconds(first) == without_seconds(second)
+    assert first["random"]["gradient"] != third["random"]["gradient"]
+    assert first["trained"]["gradient"] == third["trained"]["gradient"]  # one strength: no split, no seed
+
+
+def test_the_test_images_choose_nothing(run: Path, files: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    records = [evaluate(run, f"test={files[name]}") for name in ("test", "train")]
+    assert "the test images are the training images" in capfd.readouterr().err
+    one, two = (record["results"]["trained"] for record in records)
+    assert one["validation"] == two["validation"] and one["l2"] == two["l2"]
+    assert one["gradient"] == two["gradient"] and one["top1"] != two["top1"]
+
+
+def test_a_solver_that_stopped_early_and_the_end_of_the_grid_are_said(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record = evaluate(run, "max_iterations=1", "tolerance=1e-9", "l2=[1e-3,1e-2]", "random_encoder=false")
+    assert not record["results"]["trained"]["converged"]
+    said = capfd.readouterr().err
+    assert "stopped after 1 iterations at a gradient of" in said and "is at the end of those tried" in said
+
+
+def test_five_classes_have_a_top5() -> None:
+    labels = np.arange(12) % 6
+    dataset = Dataset("here", 12, labels, [f"class {i}" for i in range(6)], "")
+    logits = -(torch.arange(6) - torch.from_numpy(labels)[:, None]).abs().double()
+    logits[0] = torch.tensor([-9.0, 1, 2, 3, 4, 5])
+    figures = linear_eval.figures(logits, torch.from_numpy(labels), dataset)
+    assert figures == {"top1": pytest.approx(11 / 12), "top5": pytest.approx(11 / 12)}
+    text = linear_eval.table({"trained": figures | {"l2": 0.1}}, dataset)
+    assert text.splitlines()[2].split() == ["top-5", "91.67%"]
+
+
+def test_features_are_standardised_by_the_training_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 3, generator=generator, dtype=torch.float64) * torch.tensor([2, 1, 1e-7]) + 5
+    x_test = torch.ones(2, 3, dtype=torch.float64)
+    expected = (1 - x.mean(0)) / x.std(0, correction=0)
+    linear_eval.standardize(x, x_test)
+    torch.testing.assert_close(x[:, :2].square().mean(0), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(x_test[0, :2], expected[:2])
+    assert (x[:, 2] == 0).all() and (x_test[:, 2] == 0).all()  # constant, but for rounding
+
+
+def test_units_of_the_features_do_not_matter() -> None:
+    torch.set_num_threads(1)
+    generator = np.random.default_rng(0)
+    labels = np.arange(80) % 2
+    dataset = Dataset("here", 80, labels, None, "")
+    x = torch.from_numpy(generator.normal(size=(80, 5)) + labels[:, None])
+    settings, runtime, held = LinearEval(run=""), Runtime(torch.device("cpu"), "fp64", 1), np.arange(80) < 20
+    one, other = (
+        linear_eval.evaluate(v.clone(), v.clone(), dataset, dataset, held, settings, runtime, "trained")
+        for v in (x, 1000 * x * torch.arange(1, 6) + 7)
+    )
+    assert [t["iterations"] for t in one["validation"]] == [t["iterations"] for t in other["validation"]]
+    assert one["gradient"] == pytest.approx(other["gradient"], rel=1e-4) and one["top1"] == other["top1"]
+
+
+def test_names_of_the_numbers() -> None:
+    numbers = np.zeros((3, 4), np.float32)
+    assert linear_eval.number_names(Dataset("spirograph", 3, numbers, None, "")) == list(TARGETS)
+    other = Dataset("other", 3, numbers[:, :2], None, "")
+    assert linear_eval.number_names(other) == ["number 0", "number 1"]
+
+
+ERRORS = {
+    "no such run": (["{here}/nothing"], "there is no run {here}/nothing"),
+    "no encoder": (["{here}"], "{here} holds neither encoder.safetensors nor a valid checkpoint"),
+    "unlabelled": (["{run}", "train={unlabelled}"], "train={unlabelled} has no labels"),
+    "empty test": (["{run}/without_test.pt"], "data.test is empty in the settings of the run: test=FILE.beton"),
+    "unknown data": (["{here}/alone.safetensors"], "data.train is not known without the run's settings"),
+    "other classes": (["{run}", "test={three}"], "class 2 is missing in train={train} and class2 in test={three}"),
+    "unknown class": (["{run}", "test={bare}"], "test={bare} holds class 2, of which train={train} has no image"),
+    "one class": (["{run}", "train={one}", "test={one}"], "train={one} holds one class only"),
+    "mixed kinds": (
+        ["{run}", "test={spirograph-test}"],
+        "has classes for labels, but test={spirograph-test} has 4 num",
+    ),
+    "foreign .pt": (["{here}/foreign.pt"], "it is no training checkpoint: a checkpoint of a training run"),
+    "no settings": (["{here}/bare.pt"], "{here}/bare.pt holds no settings of a pretraining run"),
+    "foreign weights": (["{here}/foreign.safetensors"], "does not say how to build its encoder (KeyError 'mean')"),
+    "no weights": (["{here}/broken.safetensors"], "broken.safetensors can't be read as safetensors"),
+    "other weights": (["{here}/wider.safetensors"], "does not hold a resnet18 x 0.125, as it says"),
+    "not finite": (["{here}/nan.safetensors", "train={train}", "test={test}"], "representations that are not finite"),
+    "no strength": (["{run}", "l2=[]"], "l2=[] leaves no strength to choose"),
+    "no validation": (["{run}", "validation_fraction=0.01"], "validation_fraction=0.01 of 40 training images chooses"),
+    "all validation": (["{run}", "validation_fraction=1"], "chooses l2 on 40 of them and fits to 0"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(trained: Path, files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Everything that is wrong, in a folder `here`."""
+    here = tmp_path_factory.mktemp("errors")
+    weights, metadata = load_file(trained / "encoder.safetensors"), encoder_metadata(read_settings(trained))
+    save_file(weights, here / "alone.safetensors", metadata)
+    save_file(weights, here / "foreign.safetensors")
+    save_file(weights, here / "wider.safetensors", metadata | {"width": "0.125"})
+    save_file({k: v * float("nan") for k, v in weights.items()}, here / "nan.safetensors", metadata)
+    (here / "broken.safetensors").write_bytes(b"nothing of the kind")
+    torch.save({"conv1.weight": torch.zeros(1)}, here / "foreign.pt")
+    torch.save({"step": 1, "model": {}}, here / "bare.pt")
+    run = Path(shutil.copytree(trained, here / "run"))
+    saved = checkpoint.load(run / "checkpoints" / f"step-{STEPS:08d}.pt")
+    saved["config"]["data"]["test"] = ""
+    torch.save(saved, run / "without_test.pt")
+    bare = Path(shutil.copy(files["three"], here / "bare.beton"))  # without its sidecar
+    return files | {"here": here, "run": run, "bare": bare}
+
+
+@pytest.mark.filterwarnings("ignore:.*beside it")
+@pytest.mark.parametrize("case", ERRORS)
+def test_mistakes_are_told_in_a_sentence(case: str, places: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    arguments, sentence = ERRORS[case]
+    filled = [argument.format(**places) for argument in arguments]
+    assert linear_eval.main([*filled, "device=cpu", "threads=1", "workers=0"]) == 2
+    said = capfd.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and sentence.format(**places) in errors[0] and "Traceback" not in said
+    assert not (places["here"] / "linear_eval.json").exists() and not (places["run"] / "linear_eval.json").exists()
