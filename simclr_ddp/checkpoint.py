@@ -44,7 +44,7 @@ def save(folder: Path, state: dict[str, Any], step: int, keep_last: int) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     replace_atomically(path, lambda temporary: torch.save(state, temporary))
-    replace_atomically(folder / "latest", lambda temporary: temporary.write_text(path.name + "\n"))
+    _point_latest_at(path)
     for old in all_steps(folder)[:-keep_last]:
         old.unlink()
     return path
@@ -79,8 +79,16 @@ def newest(folder: Path, report: Callable[[str], None]) -> Path | None:
             path.rename(path.with_suffix(".pt.damaged"))
             report(f"{error}; kept aside as {path.name}.damaged, going on from the one before")
         else:
+            _point_latest_at(path)
             return path
+    (folder / "latest").unlink(missing_ok=True)
     return None
+
+
+def _point_latest_at(path: Path) -> None:
+    latest = path.with_name("latest")
+    if not latest.exists() or latest.read_text().strip() != path.name:
+        replace_atomically(latest, lambda temporary: temporary.write_text(path.name + "\n"))
 
 
 def export_encoder(path: Path, encoder: nn.Module, metadata: dict[str, str]) -> None:

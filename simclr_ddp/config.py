@@ -236,10 +236,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
+    """`key=value` -> (key, value): lists, quoted texts and null are YAML, all else is text for the option's type."""
     key, _, value = text.partition("=")
+    if value not in ("null", "~") and value[:1] not in ("[", "{", '"', "'"):
+        return key, value
     try:
         return key, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]  # type: ignore[index,call-overload]
-    except Exception as error:
+    except Exception as error:  # yaml's and OmegaConf's errors have no common class
         raise ValueError(f"{text}: the value is not valid YAML ({' '.join(str(error).split())})") from error
 
 

@@ -39,6 +39,7 @@ def pretrain(settings: Pretrain) -> int:
     runtime = setup(settings.device, settings.precision, settings.threads)
     try:
         dataset = open_dataset(settings.data.train, "train")
+        objective, augment = make_objective(settings), make_augmentation(settings, dataset, runtime)
         plan = make_plan(settings, dataset)
         with locked(plan.run_dir):
             saved = find_checkpoint(plan, identity(settings, runtime, dataset), settings.resume.force)
@@ -47,20 +48,29 @@ def pretrain(settings: Pretrain) -> int:
                 cli.say(f"{plan.run_dir} is finished ({start} steps); run_dir=... starts another run")
                 return 0
             state = State(settings, runtime, dataset)
-            cli.say(state.loaded or "weights: random")
             if saved:
                 state.restore(saved)
+            else:
+                cli.say(state.loaded or "weights: random")
             if distributed.is_main():
                 record_start(settings, runtime, plan, start)
-            return train(settings, runtime, dataset, plan, state, start)
+            return train(settings, runtime, dataset, plan, state, objective, augment, start)
     finally:
         distributed.stop()
 
 
-def train(settings: Pretrain, runtime: Runtime, dataset: Dataset, plan: Plan, state: State, start: int) -> int:
-    """The training loop, from step `start` to the last."""
+def train(
+    settings: Pretrain,
+    runtime: Runtime,
+    dataset: Dataset,
+    plan: Plan,
+    state: State,
+    objective: KernelInfoNCE,
+    augment: Callable[..., Tensor],
+    start: int,
+) -> int:
+    """The training loop, from step `start` to the last; returns the exit status."""
     device, n = runtime.device, settings.optim.global_batch_size
-    objective, augment = make_objective(settings), make_augmentation(settings, dataset, runtime)
     batches = make_batches(settings, dataset, device, range(start, plan.total_steps))
     model = make_parallel(settings, runtime, state)
     guard = LearningRateGuard(state.optimizer, settings.optim.base_learning_rate, plan.peak_learning_rate)
@@ -100,17 +110,19 @@ def train(settings: Pretrain, runtime: Runtime, dataset: Dataset, plan: Plan, st
             elif step + 1 == plan.warmup_steps + max(plan.steps_per_epoch, 20):
                 cli.warn(loss_warning(report.epoch_loss(), objective, n, settings.optim.name))
             if report.stop:
+                report.act()  # a step that failed is not to be saved
                 save(step + 1, now=True)
+                report.end()
                 cli.say(f"paused at step {step + 1} of {plan.total_steps}: the same command goes on")
                 return PAUSED
             save(step + 1)
 
-    report.close()
+    report.act()
     save(plan.total_steps, now=True)
-    if log is not None:
+    if distributed.is_main():
         checkpoint.export_encoder(plan.run_dir / "encoder.safetensors", state.model.encoder, encoder_metadata(settings))
-        log.close()
-        cli.say(f"finished: {plan.run_dir}")
+    report.end()
+    cli.say(f"finished: {plan.run_dir}")
     return 0
 
 
@@ -213,17 +225,23 @@ def encoder_metadata(settings: Pretrain) -> dict[str, str]:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM, SIGUSR1 and Ctrl-C only set a flag, which the yielded function tells; a second one kills."""
-    told = False
+    """Within, SIGTERM, SIGUSR1 and Ctrl-C only set a flag, which the yielded function tells; a later one kills.
+
+    Ctrl-C reaches a process twice, from the terminal and from torchrun, so signals within three seconds count as one.
+    """
+    first: float | None = None
 
     def handle(number: int, _: object) -> None:
-        nonlocal told
-        told = True
-        signal.signal(number, signal.SIG_DFL)
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+        elif time.monotonic() - first > 3:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        yield lambda: told
+        yield lambda: first is not None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

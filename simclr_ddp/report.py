@@ -67,7 +67,7 @@ class Reporter:
 
     def push(self, line: dict[str, Any], due: bool, vector: Tensor) -> None:
         """Act on the step before, then start reading this one; `line` begins its metric line, if one is due."""
-        self._act()
+        self.act()
         if due:
             now = time.perf_counter()
             seconds, steps = now - self._line_time, line["step"] - self._line_step
@@ -102,12 +102,11 @@ class Reporter:
         losses, self._losses = self._losses, []
         return sum(losses) / max(1, len(losses))
 
-    def close(self) -> None:
-        """Act on the last step."""
-        try:
-            self._act()
-        finally:
-            self._progress.close()
+    def end(self) -> None:
+        """Close the metrics, their mirrors and the progress bar."""
+        self._progress.close()
+        if self._log is not None:
+            self._log.close()
 
     def _write(self) -> bool:
         pending = self._reader.read()
@@ -123,7 +122,8 @@ class Reporter:
         tag["written"] = True
         return finite
 
-    def _act(self) -> None:
+    def act(self) -> None:
+        """Wait for the step pushed last and decide upon it; `push` does so for the step before."""
         pending = self._reader.read()
         if pending is None:
             return

@@ -43,12 +43,18 @@ def make_plan(settings: Pretrain, dataset: Dataset) -> Plan:
     if dataset.numbers is not None and settings.data.size != 32:
         raise ValueError(f"data.size={settings.data.size}: Spirograph views are 32 pixels wide, data.size=32 is wanted")
     steps = steps_per_epoch(dataset, optim.global_batch_size)
+    total, warmup = optim.steps or optim.epochs * steps, round(optim.warmup_epochs * steps)
+    if warmup >= total:
+        cli.warn(
+            f"optim.warmup_epochs={optim.warmup_epochs:g} is {warmup} steps, the run has {total}: the learning rate "
+            "never reaches its peak; warm up for less, or train for longer"
+        )
     name = f"{settings.name}-{config.short_hash(config.result_keys(settings))}"
     return Plan(
         run_dir=Path(distributed.from_main(settings.run_dir or str(Path("runs") / name))),
         steps_per_epoch=steps,
-        total_steps=optim.steps or optim.epochs * steps,
-        warmup_steps=round(optim.warmup_epochs * steps),
+        total_steps=total,
+        warmup_steps=warmup,
         peak_learning_rate=peak_learning_rate(optim.base_learning_rate, optim.scaling, optim.global_batch_size),
         schedule=optim.schedule,
     )

@@ -43,6 +43,7 @@ def setup(device: str, precision: str, threads: int) -> Runtime:
     if chosen.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(chosen)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means float32; bf16 is the fast choice
     torch.use_deterministic_algorithms(True)
     # Else every new tensor would be written twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

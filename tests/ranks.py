@@ -37,9 +37,14 @@ def _serve(pipe: Connection, rank: int) -> None:
 
 class Ranks:
     def __init__(self, count: int = 4) -> None:
+        self._count = count
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipes, self._processes = [], []
-        for rank in range(count):
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        for rank in range(self._count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank), daemon=True)
             process.start()
@@ -56,7 +61,10 @@ class Ranks:
                 pipe.send((world_size, os.path.join(folder, "store"), function, arguments))
             answers = []
             for pipe in self._pipes[:world_size]:
-                assert pipe.poll(120), "a rank does not answer"
+                if not pipe.poll(120):
+                    self.close()
+                    self._start()
+                    raise AssertionError("a rank does not answer; all were started anew")
                 answers.append(pipe.recv())
         for status, answer in answers:
             if status == "failed":

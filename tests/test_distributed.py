@@ -156,7 +156,9 @@ def derivatives(norm: nn.Module, x: Tensor, c: Tensor) -> dict[str, Tensor]:
     answers = {"out": out, "first": first, "penalty": penalty, "mean": norm.running_mean, "var": norm.running_var}
     answers["count"] = norm.num_batches_tracked
     names, parameters = zip(*norm.named_parameters(), strict=True)
-    by_value = torch.autograd.grad((c * out.sin()).sum(), parameters, retain_graph=True)
+    # Without create_graph: training takes this way, which need not be that of the differentiable gradient.
+    plain, *by_value = torch.autograd.grad((c * out.sin()).sum(), (x, *parameters), retain_graph=True)
+    answers["plain"] = plain
     by_penalty = torch.autograd.grad(penalty, (x, *parameters))
     answers |= {f"first {n}": g for n, g in zip(names, by_value, strict=True)}
     answers |= {f"second {n}": g for n, g in zip(("x", *names), by_penalty, strict=True)}
@@ -181,7 +183,7 @@ def test_batch_norm_is_that_of_the_whole_batch(shape: tuple[int, ...], shift: bo
         answers = ranks.run(world_size, cross_rank, x, c, shift)
         for key, wanted in expected.items():
             of_ranks = [a[key] for a in answers]
-            if key in ("out", "first", "second x"):
+            if key in ("out", "first", "plain", "second x"):
                 got = torch.cat(of_ranks)
             elif key in ("mean", "var", "count"):
                 assert all(torch.equal(v, of_ranks[0]) for v in of_ranks)
@@ -253,21 +255,27 @@ def test_large_mean_and_small_variance_in_float32(mean: float, deviation: float,
 
 def under_autocast(x: Tensor) -> tuple[Tensor, ...]:
     norm = CrossRankBatchNorm(x.shape[1])
+    own = x[distributed.own_slice(len(x))].bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        out = norm(x[distributed.own_slice(len(x))].bfloat16())
-    return out.detach(), norm.running_mean, norm.running_var
+        out = norm(own)
+    out.float().pow(3).sum().backward()
+    return out.detach(), norm.running_mean, norm.running_var, own.grad
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_bf16_input_has_float32_statistics(world_size: int, ranks: Ranks) -> None:
     x = 3 + random(16, 4, 5, 5, dtype=torch.float32)
     wanted = nn.BatchNorm2d(4)
-    expected = wanted(x.bfloat16().float()).detach()
+    wide = x.bfloat16().float().requires_grad_()
+    expected = wanted(wide)
+    expected.pow(3).sum().backward()
     answers = ranks.run(world_size, under_autocast, x)
     out = torch.cat([a[0] for a in answers])
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, expected.bfloat16(), rtol=2**-7, atol=2**-7)
-    for _, mean, var in answers:
+    torch.testing.assert_close(out, expected.detach().bfloat16(), rtol=2**-7, atol=2**-7)
+    gradient = torch.cat([a[3] for a in answers]).float()
+    assert ((gradient - wide.grad).norm() / wide.grad.norm()).item() < 0.02
+    for _, mean, var, _ in answers:
         assert mean.dtype == var.dtype == torch.float32
         torch.testing.assert_close(mean, wanted.running_mean, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(var, wanted.running_var, rtol=1e-5, atol=1e-6)

@@ -108,3 +108,15 @@ def test_a_signal_to_one_rank_pauses_all_at_the_same_step(images: Path, tmp_path
     assert status != 0 and output.count("paused at step") == 1, output
     assert f"exitcode: {pretrain.PAUSED}" in output.replace(" ", "").replace("exitcode:", "exitcode: ")
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))) == 1
+
+
+def test_ctrl_c_pauses_although_it_arrives_twice(images: Path, tmp_path: Path) -> None:
+    arguments = settings(images, tmp_path / "run", "optim.steps=400", "checkpoint.every_steps=0", "data.workers=1")
+    process = processes.start("simclr_ddp.pretrain", *arguments, ranks=2)
+    processes.wait_for_step(tmp_path / "run", 3, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: launcher, ranks and decoding processes
+    status, output = processes.finish(process)
+    assert status != 0 and "paused at step" in output, output
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*.pt")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert f"step-{lines[-1]['step']:08d}.pt" == saved.name

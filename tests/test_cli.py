@@ -1,0 +1,291 @@
+"""What a user sees: help, dry runs, and one line for every mistake."""
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from simclr_ddp import cli, config, pretrain
+from simclr_ddp.config import Pretrain, WriteDataset
+from simclr_ddp.data import Dataset
+from simclr_ddp.metrics import read_metrics
+from simclr_ddp.run import make_plan
+from tests.ranks import Ranks
+
+
+@pytest.fixture(autouse=True)
+def one_rank_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str) -> int:
+    return pretrain.main(list(arguments))
+
+
+def small(images: Path, run_dir: Path, *more: str) -> list[str]:
+    """Options of a run of two steps."""
+    return [
+        f"data.train={images}",
+        f"run_dir={run_dir}",
+        "device=cpu",
+        "precision=fp32",
+        "threads=1",
+        "data.size=16",
+        "data.workers=0",
+        "model.width=0.0625",
+        "model.stem=cifar",
+        "head.out=16",
+        "probe.enabled=false",
+        "optim.global_batch_size=8",
+        "optim.steps=2",
+        *more,
+    ]
+
+
+def only_error(capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr."""
+    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and lines[0].endswith("(--debug shows where)"), lines
+    return lines[0]
+
+
+# --- flags ----------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0 == run("-h")
+    text = capsys.readouterr().out
+    for key, option in config.options(Pretrain).items():
+        (line,) = {line for line in text.splitlines() if line.split()[:1] == [key]}
+        assert option.metadata["meaning"] in line
+    words = " ".join(text.split())
+    assert "optim.weight_decay a number 1e-06 not applied to biases" in words
+    assert "optim.steps a whole number or null null steps in all" in words
+    assert "data.augmentation.blur a list of numbers [0.0, 0.0] probability" in words
+    assert "log.wandb true or false false mirror" in words
+    assert "[CONFIG.yaml] [key=value ...]" in words
+    assert all(flag in words and meaning in words for flag, meaning in cli.FLAGS.items())
+
+
+def test_dry_run_prints_the_resolved_config_and_does_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text("seed: 3\noptim:\n  epochs: 30\n")
+    assert run("mine.yaml", "optim.epochs=7", "data.train=missing.beton", "--dry-run") == 0
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    wanted = config.build(
+        Pretrain, [("", {"name": "mine", "seed": 3, "optim.epochs": 7, "data.train": "missing.beton"})]
+    )
+    assert config.build(Pretrain, [("printed", config.read_yaml("printed.yaml"))]) == wanted
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.yaml", "printed.yaml"]
+
+
+def test_debug_shows_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("optim.epochs=ten", "--debug") == 2
+    text = capfd.readouterr().err
+    assert "Traceback" in text and "error: optim.epochs=ten in the command line: a whole number is wanted" in text
+    assert run("optim.epochs=ten") == 2
+    assert "Traceback" not in only_error(capfd)
+
+
+@pytest.mark.parametrize("flag", ["--debugg", "-v", "--dry-run=1", "--optim.epochs=3", "--epochs"])
+def test_unknown_flags(flag: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(flag) == 2
+    told = only_error(capfd)
+    assert f"unknown flag {flag}" in told and "--dry-run" in told and "key=value" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optim.epoch=3"], "unknown option optim.epoch in the command line: did you mean optim.epochs?"),
+        (["nowhere.yaml"], "config file nowhere.yaml does not exist"),
+        (["a.yaml", "b.yaml"], "argument b.yaml is one too many: usage is [CONFIG.yaml] [key=value ...]"),
+        (["optim.epochs", "3"], "is one too many"),
+        (["loss.kernel=ntxent"], "loss.kernel=ntxent is not known"),
+        (["loss.temperature=0"], "loss.temperature=0.0 is too small"),
+        (["data.train=nowhere.beton"], "nowhere.beton"),
+        (["data.size=64", "device=cpu"], "data.size=64: Spirograph views are 32 pixels wide, data.size=32 is wanted"),
+        (
+            ["optim.global_batch_size=20000", "device=cpu"],
+            "holds 10000 images, fewer than optim.global_batch_size=20000",
+        ),
+        (["device=cuda"], "device=cuda, but torch sees no GPU"),
+    ],
+)
+def test_mistakes_that_need_no_data(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    if arguments == ["device=cuda"] and torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    assert run(*arguments) == 2
+    assert message in only_error(capfd)
+    assert not Path("runs").exists()
+
+
+def test_positional_arguments_and_exit_status(capfd: pytest.CaptureFixture[str]) -> None:
+    seen: list[WriteDataset] = []
+
+    def command(settings: WriteDataset) -> int | None:
+        seen.append(settings)
+        if settings.source == "interrupt":
+            raise KeyboardInterrupt
+        if settings.source == "fail":
+            raise OSError("several\nlines")
+        return 7 if settings.source == "seven" else None
+
+    def status(*arguments: str) -> int:
+        return cli.run(command, WriteDataset, "SOURCE OUT", "about", list(arguments))
+
+    assert status("here", "there.beton", "quality=80") == 0
+    assert (seen[0].source, seen[0].out, seen[0].quality) == ("here", "there.beton", 80)
+    assert status("seven", "x") == 7 and status("interrupt", "x") == 130
+    assert status("here") == 2 and "out is missing" in only_error(capfd)
+    assert status("fail", "x") == 2 and only_error(capfd) == "error: several lines (--debug shows where)"
+    with pytest.raises(RuntimeError):  # not the user's mistake: the traceback is for us
+        cli.run(lambda _: (_ for _ in ()).throw(RuntimeError("a bug")), WriteDataset, "SOURCE OUT", "", ["a", "b"])
+
+
+def test_only_rank_0_speaks(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    cli.say("text")
+    cli.warn("text")
+    assert run("optim.epochs=ten") == 2
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    cli.say("text")
+    cli.warn("text")
+    cli.warn(None)
+    assert capfd.readouterr() == ("text\n", "warning: text\n")
+
+
+# --- data and settings that do not fit ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.95])
+def test_a_truncated_data_file(share: float, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cut = tmp_path / "cut.beton"
+    shutil.copy(images, cut)
+    os.truncate(cut, int(cut.stat().st_size * share))
+    assert run(*small(cut, tmp_path / "run")) == 2
+    assert "cut.beton" in only_error(capfd)
+
+
+def test_a_data_file_that_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "noise.beton").write_bytes(b"no beton" * 1000)
+    assert run(*small(tmp_path / "noise.beton", tmp_path / "run")) == 2
+    assert "noise.beton" in only_error(capfd)
+    assert run(*small(tmp_path, tmp_path / "run")) == 2
+    assert str(tmp_path) in only_error(capfd)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["loss.kernel=concat_sum", "head.out=15"], "15 is odd: choose an even head.out"),
+        (["loss.kernel=simple_sum", "loss.mix_weight=1"], "leaves only one part of simple_sum"),
+        (["loss.kernel=arccos", "loss.temperature=2"], "at most 1"),
+        (["loss.norm_p=1"], "set norm_p to 2"),
+        (["optim.global_batch_size=64"], "holds 40 images, fewer than optim.global_batch_size=64"),
+        (["data.augmentation.crop_scale=[0.9,0.1]"], "no range of area shares"),
+        (["data.augmentation.std=[0,1,1]"], "not positive"),
+        (["model.init=weights.pt"], "weights weights.pt do not exist"),
+        (["model.init=torchvision"], "model.width=0.0625: width 1 is wanted"),
+    ],
+)
+def test_settings_that_do_not_fit(
+    options: list[str], message: str, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*small(images, tmp_path / "run", *options)) == 2
+    assert message in only_error(capfd)
+
+
+def plan_in_ranks(batch: int) -> str:
+    settings = config.build(Pretrain, [("here", {"optim.global_batch_size": batch})])
+    try:
+        return str(make_plan(settings, Dataset("here", 100, None, None, "")).run_dir)
+    except ValueError as error:
+        return f"error: {error}"
+
+
+def test_a_batch_that_does_not_divide_among_the_ranks(ranks: Ranks) -> None:
+    message = "error: optim.global_batch_size=30 does not divide among 4 ranks: take a multiple of 4, or another number"
+    assert all(answer.startswith(message) for answer in ranks.run(4, plan_in_ranks, 30))
+    assert len(set(ranks.run(4, plan_in_ranks, 32))) == 1
+
+
+# --- run directories ------------------------------------------------------------------------------------------------
+
+
+def test_another_config_in_the_run_directory(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    assert run(*small(images, run_dir)) == 0
+    assert run(*small(images, run_dir)) == 0
+    out, err = capfd.readouterr()
+    assert "is finished (2 steps); run_dir=... starts another run" in out and "error" not in err
+    assert run(*small(images, run_dir, "optim.weight_decay=1e-3")) == 2
+    told = only_error(capfd)
+    assert "optim.weight_decay is 0.001, but the checkpoint step-00000002.pt" in told and "made with 1e-06" in told
+    assert "resume.force=[optim.weight_decay] goes on anyway" in told
+    assert run(*small(images, run_dir, "optim.steps=4", "optim.weight_decay=1e-3", "resume.force=[optim.steps]")) == 2
+    assert "optim.weight_decay" in only_error(capfd)
+    forced = "resume.force=[optim.steps,optim.weight_decay]"
+    assert run(*small(images, run_dir, "optim.steps=4", "optim.weight_decay=1e-3", forced)) == 0
+    assert "resume.force: optim.steps changes from 2 to 4" in capfd.readouterr().out
+    assert read_metrics(run_dir / "metrics.jsonl")[-1]["step"] == 4
+
+
+def test_another_model_in_the_run_directory(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    assert run(*small(images, run_dir)) == 0
+    capfd.readouterr()
+    wider = ["model.width=0.125", "optim.steps=4"]
+    assert run(*small(images, run_dir, *wider, "resume.force=[optim.steps]")) == 2
+    assert "model.width is 0.125, but the checkpoint" in only_error(capfd)
+    assert run(*small(images, run_dir, *wider, "resume.force=[optim.steps,model.width]")) == 2
+    assert "the checkpoint is of another model" in only_error(capfd)
+
+
+def test_other_data_in_the_run_directory(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A file may move, but not change."""
+    from simclr_ddp.write_dataset import write_dataset
+    from tests.conftest import write_images
+
+    run_dir = tmp_path / "run"
+    assert run(*small(images, run_dir)) == 0
+    for path in images.parent.glob("train.beton*"):
+        shutil.copy(path, tmp_path / path.name)
+    assert run(*small(tmp_path / "train.beton", run_dir)) == 0
+    write_dataset(str(write_images(tmp_path / "other", 40, seed=1)), tmp_path / "other.beton")
+    capfd.readouterr()
+    assert run(*small(tmp_path / "other.beton", run_dir)) == 2
+    assert "data fingerprint is" in only_error(capfd)
+
+
+def test_another_process_in_the_run_directory(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with (run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(*small(images, run_dir)) == 2
+        assert f"another process is training in {run_dir}" in only_error(capfd)
+    assert run(*small(images, run_dir)) == 0
+
+
+def test_a_run_directory_that_can_not_be_made(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/no/such/place")):
+        assert run(*small(images, run_dir)) == 2
+        assert f"run_dir={run_dir} can't be written" in only_error(capfd)
+
+
+def test_the_published_mistake_is_warned_about(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """LARS at a learning rate of 0.001; a rate 1,000 times as large is let pass."""
+    options = ["optim.steps=25", "optim.scaling=none", "optim.warmup_epochs=0"]
+    assert run(*small(images, tmp_path / "a", *options, "optim.base_learning_rate=0.001")) == 0
+    assert "warning: learning rate too small for LARS" in capfd.readouterr().err
+    assert run(*small(images, tmp_path / "b", *options, "optim.base_learning_rate=1")) == 0
+    assert "too small for LARS: at" not in capfd.readouterr().err

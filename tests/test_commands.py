@@ -1,0 +1,89 @@
+"""Commands end to end on small generated data, and what the README says of them."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks.gpu import suite
+from simclr_ddp import pretrain, visualize, write_dataset
+from tests.processes import ROOT
+from tests.test_resume import settings
+
+README = (ROOT / "README.md").read_text()
+TINY = ("optim.steps=4", "data.workers=0", "log.every_steps=1", "model.width=0.0625")
+
+
+def test_visualize_draws_curves_and_views(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain.main(settings(images, tmp_path / "run", *TINY)) == 0
+    assert visualize.main([str(tmp_path / "run"), "images=3", "views=3"]) == 0
+    for name in ("curves.png", "views.png"):
+        path = tmp_path / "run" / "figures" / name
+        assert str(path) in capsys.readouterr().out or path.exists()
+        with Image.open(path) as picture:
+            assert picture.width > 200 and len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
+        assert path.stat().st_size < 300_000
+
+
+def test_visualize_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert visualize.main([str(tmp_path)]) == 2
+    assert "is no run directory" in capsys.readouterr().err
+    assert visualize.main([]) == 2
+    assert "run is missing" in capsys.readouterr().err
+
+
+def test_a_run_without_arguments_goes_into_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["device=cpu", "optim.global_batch_size=8", "optim.steps=2", "model.width=0.0625", "precision=fp32"]
+    assert pretrain.main(arguments) == 0
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"spirograph-[0-9a-f]{8}", run_dir.name)
+    assert {p.name for p in run_dir.iterdir()} == {
+        ".lock",
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "encoder.safetensors",
+    }
+    assert pretrain.main([*arguments, "log.every_steps=5", "threads=1"]) == 0, "harmless keys change nothing"
+    assert pretrain.main([*arguments, "seed=1"]) == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_write_dataset_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "s.beton"
+    assert write_dataset.main(["spirograph", str(out), "images=8"]) == 0
+    assert json.loads((tmp_path / "s.beton.json").read_text())["count"] == 8
+    assert write_dataset.main(["spirograph", str(out), "images=8"]) == 2
+    assert "overwrite=true" in capsys.readouterr().err
+    assert write_dataset.main(["spirograph", str(out), "images=9", "overwrite=true"]) == 0
+    assert write_dataset.main([str(tmp_path / "nowhere"), str(tmp_path / "x.beton")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert write_dataset.main(["spirograph"]) == 2
+    assert "out is missing" in capsys.readouterr().err
+
+
+def test_the_training_stage_of_the_gpu_suite() -> None:
+    result = suite.training(1, "device=cpu", "optim.global_batch_size=16", "log.every_steps=2", *TINY[:1], *TINY[3:])
+    assert result.keys() >= {"passed", "images_per_second", "peak_memory_bytes", "last_loss"}, result
+    passed, output = suite.run([sys.executable, "-c", "raise SystemExit('it broke')"])
+    assert not passed and "it broke" in output
+
+
+def test_the_readmes_loop_runs_as_written() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_readmes_commands_exist() -> None:
+    modules = set(re.findall(r"-m ((?:simclr_ddp|launch|benchmarks)\.[\w.]+\w)", README))
+    assert modules >= {"simclr_ddp.pretrain", "simclr_ddp.write_dataset", "simclr_ddp.linear_eval"}
+    for module in modules:
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    for config_file in re.findall(r"configs/\S+\.yaml", README):
+        assert (ROOT / config_file).exists(), config_file
+    for target in re.findall(r"(?:`|^    )make ([a-z-]+)", README, re.M):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
