@@ -25,6 +25,7 @@ def _serve(pipe: Connection, rank: int) -> None:
                 limit = timedelta(seconds=60)
                 method = f"file://{store}"
                 dist.init_process_group("gloo", method, timeout=limit, rank=rank, world_size=world_size)
+                dist.barrier()  # a function that fails at once must not leave while others are still connecting
             buffer = io.BytesIO()
             torch.save(function(*arguments), buffer)
             pipe.send(("done", buffer.getvalue()))
