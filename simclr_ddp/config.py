@@ -162,7 +162,7 @@ class LinearEval:
     run: str = option(MISSING, "run directory, checkpoint (.pt) or encoder.safetensors")
     train: str = option("", "labelled training images; empty: the run's data.train")
     test: str = option("", "test images; empty: the run's data.test")
-    l2: list[float] = option([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1], "ridge strengths to choose from", low=0)
+    l2: list[float] = option([1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1], "ridge strengths to choose from", low=0)
     validation_fraction: float = option(0.1, "of the training images, to choose the strength on", low=0, high=1)
     tolerance: float = option(1e-5, "largest gradient entry at which L-BFGS stops", low=0)
     max_iterations: int = option(1000, "of L-BFGS for each strength", low=1)
