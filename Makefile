@@ -3,7 +3,7 @@ PYTHON ?= python3
 # Another package index for torch, for example a CPU-only one: make setup TORCH_INDEX=...
 TORCH_INDEX ?=
 
-.PHONY: demo test test-all check format setup lock clean
+.PHONY: demo test test-slow test-all check format setup lock clean
 
 demo: setup
 	.venv/bin/python -m launch.demo
@@ -11,8 +11,10 @@ demo: setup
 test: setup
 	.venv/bin/python -m pytest -m "not slow"
 
-test-all: setup
-	.venv/bin/python -m pytest
+test-slow: setup
+	.venv/bin/python -m pytest -m slow
+
+test-all: test test-slow
 
 check: setup
 	.venv/bin/ruff check .

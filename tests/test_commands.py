@@ -10,6 +10,8 @@ from PIL import Image
 
 from benchmarks.gpu import suite
 from simclr_ddp import pretrain, visualize, write_dataset
+from simclr_ddp.metrics import read_metrics
+from tests import processes
 from tests.processes import ROOT
 from tests.test_resume import settings
 
@@ -71,6 +73,19 @@ def test_the_training_stage_of_the_gpu_suite() -> None:
     assert result.keys() >= {"passed", "images_per_second", "peak_memory_bytes", "last_loss"}, result
     passed, output = suite.run([sys.executable, "-c", "raise SystemExit('it broke')"])
     assert not passed and "it broke" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_compiled_run_gives_the_losses_of_a_plain_one(ranks: int, images: Path, tmp_path: Path) -> None:
+    losses = []
+    for compiled in ("false", "true"):
+        options = (*TINY, "precision=fp32", f"compile={compiled}")
+        arguments = settings(images, tmp_path / compiled, *options)
+        status, output = processes.run("simclr_ddp.pretrain", *arguments, ranks=ranks)
+        assert status == 0, output
+        losses.append([line["loss"] for line in read_metrics(tmp_path / compiled / "metrics.jsonl")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_the_readmes_loop_runs_as_written() -> None:

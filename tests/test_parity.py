@@ -1,5 +1,6 @@
 """Invariant 1: a run on W ranks takes the steps of the run on one."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,27 +52,61 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
 
 
-@pytest.mark.parametrize("kernel", ["cosine", "concat_sum"])
-def test_ten_steps_are_those_of_one_rank(kernel: str, images: Path, ranks: Ranks, tmp_path: Path) -> None:
-    for world_size in (1, 2, 4):
-        ranks.run(world_size, train, settings(images, tmp_path / str(world_size), f"loss.kernel={kernel}"))
+def assert_equal_runs(run_dir: Path, alone: Path, steps: tuple[int, ...]) -> None:
+    lines, expected = (read_metrics(d / "metrics.jsonl") for d in (run_dir, alone))
+    assert len(lines) == STEPS
+    for line, wanted in zip(lines, expected, strict=True):
+        assert line.keys() == wanted.keys()
+        for key in ("loss", "contrastive_top1", "learning_rate", "probe_top1"):
+            assert line.get(key, 0) == pytest.approx(wanted.get(key, 0), rel=1e-10), (key, line["step"])
+    for step in steps:
+        for key, value in model_at(alone, step).items():
+            if value.is_floating_point():
+                assert relative_difference(model_at(run_dir, step)[key], value) < 1e-10, (key, step)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "optimizer", "world_sizes"),
+    [
+        ("cosine", "lars", (2, 4)),
+        ("concat_sum", "lars", (4,)),
+        *(
+            pytest.param(kernel, optimizer, (2,), marks=pytest.mark.slow)
+            for kernel, optimizer in (
+                ("gaussian", "sgd"),
+                ("laplacian", "adamw"),
+                ("exponential", "lars"),
+                ("simple_sum", "lars"),
+                ("arccos", "lars"),
+                ("spectral", "lars"),
+            )
+        ),
+    ],
+)
+def test_ten_steps_are_those_of_one_rank(
+    kernel: str, optimizer: str, world_sizes: tuple[int, ...], images: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    rate = {"lars": 0.2, "sgd": 0.08, "adamw": 0.003}[optimizer]
+    options = [f"loss.kernel={kernel}", f"optim.name={optimizer}", f"optim.base_learning_rate={rate}"]
+    for world_size in (1, *world_sizes):
+        ranks.run(world_size, train, settings(images, tmp_path / str(world_size), *options))
     first, last = model_at(tmp_path / "1", 1), model_at(tmp_path / "1", STEPS)
     weights = [k for k in last if last[k].dim() > 1 and "probe" not in k]
     assert min(relative_difference(first[k], last[k]) for k in weights) > 0.01
-    alone = read_metrics(tmp_path / "1" / "metrics.jsonl")
-    assert len(alone) == STEPS
-    for world_size in (2, 4):
-        together = read_metrics(tmp_path / str(world_size) / "metrics.jsonl")
-        for a, b in zip(together, alone, strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-10)
-            assert a["contrastive_top1"] == pytest.approx(b["contrastive_top1"], rel=1e-10)
-        probes = [(a["probe_top1"], b["probe_top1"]) for a, b in zip(together, alone, strict=True) if "probe_top1" in a]
-        assert len(probes) == STEPS // 2 and all(a == b for a, b in probes)
-        for step in (1, STEPS):
-            one, many = model_at(tmp_path / "1", step), model_at(tmp_path / str(world_size), step)
-            for key, value in one.items():
-                if value.is_floating_point():
-                    assert relative_difference(many[key], value) < 1e-10, (key, step)
+    probes = [line for line in read_metrics(tmp_path / "1" / "metrics.jsonl") if "probe_top1" in line]
+    assert len(probes) == STEPS // 2, "one at the end of every epoch"
+    for world_size in world_sizes:
+        assert_equal_runs(tmp_path / str(world_size), tmp_path / "1", (1, STEPS))
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(images: Path, ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(1, train, settings(images, tmp_path / "1"))
+    ranks.run(2, train, settings(images, tmp_path / "2"))
+    (tmp_path / "4" / "checkpoints").mkdir(parents=True)
+    shutil.copy(tmp_path / "2" / "metrics.jsonl", tmp_path / "4")
+    shutil.copy(tmp_path / "2" / "checkpoints" / "step-00000005.pt", tmp_path / "4" / "checkpoints")
+    ranks.run(4, train, settings(images, tmp_path / "4"))
+    assert_equal_runs(tmp_path / "4", tmp_path / "1", (STEPS,))
 
 
 def test_float32_starts_alike(images: Path, ranks: Ranks, tmp_path: Path) -> None:
