@@ -120,7 +120,8 @@ def train(
     report.act()
     save(plan.total_steps, now=True)
     if distributed.is_main():
-        checkpoint.export_encoder(plan.run_dir / "encoder.safetensors", state.model.encoder, encoder_metadata(settings))
+        metadata = encoder_metadata(settings, plan.total_steps)
+        checkpoint.export_encoder(plan.run_dir / "encoder.safetensors", state.model.encoder, metadata)
     report.end()
     cli.say(f"finished: {plan.run_dir}")
     return 0
@@ -210,8 +211,8 @@ def make_saver(settings: Pretrain, plan: Plan, state: State, report: Reporter, a
     return save
 
 
-def encoder_metadata(settings: Pretrain) -> dict[str, str]:
-    """What it takes to build the encoder and feed it."""
+def encoder_metadata(settings: Pretrain, step: int) -> dict[str, str]:
+    """What it takes to build the encoder and feed it, and the step it is of."""
     model, data = settings.model, settings.data
     return {
         "arch": model.arch,
@@ -220,6 +221,7 @@ def encoder_metadata(settings: Pretrain) -> dict[str, str]:
         "size": str(data.size),
         "mean": repr(list(data.augmentation.mean)),
         "std": repr(list(data.augmentation.std)),
+        "step": str(step),
     }
 
 

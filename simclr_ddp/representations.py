@@ -36,7 +36,7 @@ class Loaded(NamedTuple):
     settings: dict[str, Any]  # of the run, by dotted key; {} where they are not known
     file: Path  # what was read
     folder: Path  # where results go
-    step: int | None  # of a checkpoint; an exported encoder does not know it
+    step: int | None  # None where the file does not say it
 
 
 def load_encoder(path: str | Path) -> Loaded:
@@ -57,7 +57,7 @@ def load_encoder(path: str | Path) -> Loaded:
     elif not path.exists():
         raise ValueError(f"there is no run {path}: give a run directory, a checkpoint (.pt) or an encoder.safetensors")
     if file.suffix == ".safetensors":
-        spec, settings, weights, step = *_exported(file), None
+        spec, settings, weights, step = _exported(file)
     else:
         spec, settings, weights, step = _checkpoint(file)
     encoder = Encoder(spec.arch, spec.width, spec.stem)
@@ -90,7 +90,7 @@ def _in_run(run_dir: Path) -> str:
     return ""
 
 
-def _exported(file: Path) -> tuple[Spec, dict[str, Any], dict[str, Tensor]]:
+def _exported(file: Path) -> tuple[Spec, dict[str, Any], dict[str, Tensor], int | None]:
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
@@ -109,7 +109,8 @@ def _exported(file: Path) -> tuple[Spec, dict[str, Any], dict[str, Tensor]]:
         ) from error
     record = file.parent / "config.yaml"
     settings = config.read_yaml(record) if record.exists() else {}
-    return spec, {k: v for k, v in settings.items() if k != "starts"}, weights
+    step = metadata.get("step", "")
+    return spec, {k: v for k, v in settings.items() if k != "starts"}, weights, int(step) if step.isdigit() else None
 
 
 def _checkpoint(file: Path) -> tuple[Spec, dict[str, Any], dict[str, Tensor], int]:

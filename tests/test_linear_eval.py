@@ -77,7 +77,7 @@ def test_a_run_is_evaluated_from_end_to_end(
     result = record["results"]["trained"]
     assert result["top1"] > 0.75  # a class is a tint; chance is one half
     assert result["top5"] is None and set(record["results"]) == {"trained", "random"}
-    assert [t["l2"] for t in result["validation"]] == [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
+    assert [t["l2"] for t in result["validation"]] == [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8]
     assert result["l2"] == max(result["validation"], key=lambda t: (t["top1"], t["l2"]))["l2"]
     assert result["converged"] and result["gradient"] <= 1e-5 and result["features"] == 32
     assert record["train"]["images"] == 40 and record["test"]["images"] == 30 and record["validation_images"] == 4
@@ -148,7 +148,7 @@ def test_directory_checkpoint_and_exported_encoder_agree(
     run: Path, files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     exported = evaluate(run)
-    assert exported["step"] is None and exported["file"].endswith("encoder.safetensors")
+    assert exported["step"] == 10 and exported["file"].endswith("encoder.safetensors")
     figures = without_seconds(exported["results"])
     assert without_seconds(evaluate(run / "encoder.safetensors")["results"]) == figures
 
@@ -312,7 +312,7 @@ ERRORS = {
 def places(trained: Path, files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Everything that is wrong, in a folder `here`."""
     here = tmp_path_factory.mktemp("errors")
-    weights, metadata = load_file(trained / "encoder.safetensors"), encoder_metadata(read_settings(trained))
+    weights, metadata = load_file(trained / "encoder.safetensors"), encoder_metadata(read_settings(trained), 10)
     save_file(weights, here / "alone.safetensors", metadata)
     save_file(weights, here / "foreign.safetensors")
     save_file(weights, here / "wider.safetensors", metadata | {"width": "0.125"})
