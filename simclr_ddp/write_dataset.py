@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         write_dataset(
             c.source,
             Path(c.out),
-            split=c.split,
+            split=c.split or None,
             on_error=c.on_error,
             quality=c.quality,
             mode=c.mode,
@@ -85,7 +85,7 @@ def write_dataset(
     source: str,
     out: Path,
     *,
-    split: str = "train",
+    split: str | None = None,
     on_error: str = "stop",
     quality: int = 90,
     mode: str = "auto",
@@ -95,7 +95,7 @@ def write_dataset(
 ) -> None:
     """Write `source` to `out` and its sidecar, reporting on the screen; see the module's text.
 
-    split     of a named data set, or of a folder that holds a folder of this name
+    split     of a named data set (None: train), or of a folder that holds folders called train, test or the like
     on_error  "stop" at an image that can't be decoded, or "skip" it and list it in the sidecar
     quality   of images that must be encoded as JPEG
     mode      "jpeg" or "raw" (lossless, large) for all; "auto" is JPEG for image files and raw for pixels that never
@@ -122,7 +122,7 @@ def write_dataset(
     for left in sorted(out.parent.glob(f"{out.name}*.partial-*")):
         say(f"note: {left} was left by a run that was killed or still goes on; remove it if none does")
 
-    info: dict[str, Any] = {"tool": f"simclr_ddp {__version__}", "source": source, "split": split}
+    info: dict[str, Any] = {"tool": f"simclr_ddp {__version__}", "source": source, "split": split or "train"}
     info |= {"label_kind": "none", "classes": None, "numbers": None, "nuisance": None} | pictures.info
     stored = {"unchanged": 0, "encoded": 0, "raw": 0}
     converted: dict[str, dict[str, Any]] = {}  # why -> count and files
@@ -165,9 +165,10 @@ def write_dataset(
         say(f"  left out {len(skipped) - 10:,} more, all in {beton.sidecar(out)}")
 
 
-def find(source: str, *, split: str, quality: int, mode: str, images: int | None) -> Source:
+def find(source: str, *, split: str | None, quality: int, mode: str, images: int | None) -> Source:
     """The data set of that name, or in that folder. Nothing is decoded yet."""
     if source == "spirograph":
+        split = split or "train"
         return _spirograph(split, images or (20_000 if split == "test" else 100_000), quality, mode)
     folder = Path(source)
     if source in CIFAR:
@@ -179,21 +180,24 @@ def find(source: str, *, split: str, quality: int, mode: str, images: int | None
     for cifar in CIFAR.values():
         for place in (folder, folder / cifar.folder):
             if all((place / name).is_file() for name in (*cifar.train, *cifar.test, cifar.meta)):
-                return _cifar(place, cifar, split, quality, mode)
+                return _cifar(place, cifar, split or "train", quality, mode)
     return _folder(folder, split, quality, mode)
 
 
 # --- a folder of images
 
 
-def _folder(folder: Path, split: str, quality: int, mode: str) -> Source:
+def _folder(folder: Path, split: str | None, quality: int, mode: str) -> Source:
     subfolders = _subfolders(folder)
     if subfolders and {name.lower() for name in subfolders} <= SPLITS:
+        split = split or "train"
         if split not in subfolders:
             raise ValueError(f"{folder} has no folder {split}: choose split={' or split='.join(subfolders)}")
         say(f"{folder} holds {', '.join(subfolders)}: taking {split}")
         folder = folder / split
         subfolders = _subfolders(folder)
+    elif split is not None:
+        raise ValueError(f"{folder} holds no folder {split}, so split={split} chooses nothing: leave split out")
     others, links = Counter[str](), list[str]()
     direct = _files(folder, others, links, deep=False)
     nested = {name: _files(folder / name, others, links, deep=True) for name in subfolders}
@@ -207,7 +211,7 @@ def _folder(folder: Path, split: str, quality: int, mode: str) -> Source:
         say(f"note: {link} is a link to a folder, and not followed")
     if others:
         kinds = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in others.most_common(5))
-        say(f"note: files that are no images are ignored: {kinds}")
+        say(f"note: files of other kinds are ignored: {kinds}")
     for name, files in nested.items():
         if labelled and not files:
             say(f"note: class {name} has no images; it keeps its number")

@@ -18,6 +18,7 @@ from PIL import Image
 from simclr_ddp import beton, spirograph, write_dataset
 from simclr_ddp.beton import Beton
 from simclr_ddp.write_dataset import convert
+from tests.conftest import write_images
 
 Write = Callable[..., Beton]
 
@@ -555,3 +556,10 @@ def test_sidecar_names_at_most_a_thousand_files_a_reason(
     put(source, **{f"a__{i}_png": encoded(noise(seed=i), "PNG") for i in range(9)})
     info = json.loads(beton.sidecar(write(source).path).read_text())
     assert info["converted"]["PNG"]["count"] == 9 and len(info["converted"]["PNG"]["files"]) == 4
+
+
+def test_a_split_that_chooses_nothing_is_refused(tmp_path: Path) -> None:
+    write_images(tmp_path / "in", 4)
+    with pytest.raises(ValueError, match="split=test chooses nothing"):
+        write_dataset.write_dataset(str(tmp_path / "in"), tmp_path / "x.beton", split="test")
+    assert not (tmp_path / "x.beton").exists()
