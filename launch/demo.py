@@ -1,7 +1,7 @@
 """`make demo`: from nothing to a trained, evaluated encoder and its pictures, on the generated Spirograph set.
 
-Trains on all GPUs, or as two processes on the CPU, by the commands a user would type; each is printed before it
-runs. Started again, it goes on where it was, or shows the finished run.
+Trains on all GPUs (as many as divide the batch), or as two processes on the CPU, by the commands a user would type;
+each is printed before it runs. Started again, it goes on where it was, or shows the finished run.
 """
 
 import json
@@ -15,7 +15,7 @@ RUN_DIR = Path("runs/demo")
 
 
 def main() -> int:
-    ranks = torch.cuda.device_count() or 2
+    ranks = max(r for r in range(1, 1 + (torch.cuda.device_count() or 2)) if 256 % r == 0)  # the default batch
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
     for command in (
         [*torchrun, "simclr_ddp.pretrain", f"run_dir={RUN_DIR}"],

@@ -5,6 +5,7 @@ writes a zip archive, whose per-record CRC-32 tells a damaged file from a whole 
 values is stored: everything loads with weights_only=True.
 """
 
+import errno
 import os
 import re
 import zipfile
@@ -32,6 +33,9 @@ def replace_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
@@ -56,7 +60,7 @@ def all_steps(folder: Path) -> list[Path]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint; ValueError if the file is damaged or no checkpoint of ours."""
+    """The state in a checkpoint; ValueError if the file is damaged or not ours, OSError if it can't be read now."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -66,6 +70,9 @@ def load(path: Path) -> dict[str, Any]:
         if not isinstance(state, dict) or "step" not in state or "model" not in state:
             raise ValueError("it is no training checkpoint")
     except Exception as error:  # zip's, pickle's and torch's errors have no common class
+        passing = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.ENOENT)
+        if passing or isinstance(error, MemoryError):
+            raise  # it says nothing of the file, which must not be put aside because a disk is away
         raise ValueError(f"checkpoint {path} can't be used: {' '.join(str(error).split())[:200]}") from error
     return state
 

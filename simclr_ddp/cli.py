@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -56,21 +57,27 @@ def run(command: Callable[[Any], int | None], cls: type, usage: str, about: str,
     except (ValueError, OSError) as error:
         if debug:
             traceback.print_exc()
-        _report(error)
+        _report(str(error))
         return 2
+    except RuntimeError as error:  # a collective whose other ranks have gone has no class of its own
+        if debug or not re.search(r"Connection (closed|reset|refused)|Broken pipe|NCCL|[Gg]loo", str(error)):
+            raise
+        _report(f"lost the other ranks ({str(error)[:80]} ...): the one that ended first says why")
+        return 1
 
 
-def _report(error: Exception) -> None:
-    """One line on stderr. Before the ranks have met they all find the same fault, and one of them tells it."""
-    from torch.distributed import is_available, is_initialized
+def _report(message: str) -> None:
+    """One line on stderr. Before the ranks have met all find the same fault, and rank 0 tells it.
 
+    Later one may be alone with it and has to tell; but rank 0 first, since the launcher ends all when one exits.
+    """
+    where = ""
     if not main_rank():
-        if not (is_available() and is_initialized()):
+        if not getattr(sys.modules.get("simclr_ddp.distributed"), "met", False):
             return
-        text = f"rank {os.environ['RANK']}: {error}"
-    else:
-        text = str(error)
-    print(f"error: {' '.join(text.split())} (--debug shows where)", file=sys.stderr, flush=True)
+        time.sleep(1)
+        where = f"rank {os.environ['RANK']}: "
+    print(f"error: {where}{' '.join(message.split())} (--debug shows where)", file=sys.stderr, flush=True)
 
 
 def _parse(arguments: list[str], cls: type, usage: str) -> Any:

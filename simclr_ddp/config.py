@@ -66,7 +66,7 @@ class Data:
 @dataclass
 class Model:
     arch: str = option("resnet18", "encoder", ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"))
-    width: float = option(0.5, "multiplies every channel count of the encoder", low=0.01)
+    width: float = option(0.5, "multiplies every channel count of the encoder", low=0.01, high=16)
     stem: str = option("stl", "first layers: 3x3, 3x3 + pool/3, or 7x7/2 + pool/2", ("cifar", "stl", "imagenet"))
     init: str = option("random", "`random`, `torchvision` (its ImageNet weights), or a file of weights")
 
@@ -99,14 +99,14 @@ class Loss:
 @dataclass
 class Optim:
     name: str = option("lars", "optimizer", ("lars", "sgd", "adamw"))
-    global_batch_size: int = option(256, "images per step over all ranks", low=1)
+    global_batch_size: int = option(256, "images per step over all ranks", low=2)
     epochs: int = option(8, "passes over the training images", low=1)
     steps: int | None = option(None, "steps in all, instead of epochs", low=1)
-    base_learning_rate: float = option(1.0, "before scaling by the batch size", low=0)
+    base_learning_rate: float = option(1.0, "before scaling by the batch size", low=1e-12)
     scaling: str = option("linear", "x N/256, x sqrt(N)/4 (equal at 4,096), or x 1", ("linear", "sqrt", "none"))
     warmup_epochs: float = option(1.0, "linear rise of the learning rate from 0", low=0)
     weight_decay: float = option(1e-6, "not applied to biases and batch norm", low=0)
-    momentum: float = option(0.9, "of LARS and SGD; AdamW's first beta", low=0, high=1)
+    momentum: float = option(0.9, "of LARS and SGD; AdamW's first beta", low=0, high=0.9999)
     schedule: str = option("cosine", "after the warm-up: cosine to 0, or constant", ("cosine", "constant"))
     trust_coefficient: float = option(0.001, "LARS: step length as a fraction of a tensor's norm, at rate 1", low=0)
 
@@ -144,7 +144,7 @@ class Pretrain:
     run_dir: str = option("", "output; empty: runs/<name>-<hash of the keys that change the result>")
     device: str = option("auto", "auto takes CUDA where there is one", ("auto", "cuda", "cpu"))
     precision: str = option("auto", "auto: bf16 where the processor has it", ("auto", "bf16", "fp16", "fp32", "fp64"))
-    threads: int = option(0, "CPU threads per rank; 0 shares the cores among the ranks here", low=0)
+    threads: int = option(0, "CPU threads per rank; 0 shares the cores among the ranks here", low=0, high=1024)
     compile: bool = option(False, "torch.compile the model")
     data: Data = section(Data)
     model: Model = section(Model)
@@ -171,7 +171,7 @@ class LinearEval:
     seed: int = option(0, "of the validation split and the untrained encoder", low=0, high=2**63 - 1)
     device: str = option("auto", "auto takes CUDA where there is one", ("auto", "cuda", "cpu"))
     precision: str = option("fp32", "of the forward passes", ("auto", "bf16", "fp16", "fp32", "fp64"))
-    threads: int = option(0, "CPU threads per rank; 0 shares the cores among the ranks here", low=0)
+    threads: int = option(0, "CPU threads per rank; 0 shares the cores among the ranks here", low=0, high=1024)
     workers: int = option(4, "decoding processes per rank; lowered to the cores there are; 0 decodes in place", low=0)
 
 
@@ -179,7 +179,7 @@ class LinearEval:
 class WriteDataset:
     source: str = option(MISSING, "image folder, folder of CIFAR batches, `cifar10`, `cifar100` or `spirograph`")
     out: str = option(MISSING, "the .beton file to write")
-    split: str = option("train", "which part of a named data set, or of a folder that holds train/, test/ or val/")
+    split: str = option("", "part of a named data set (empty: train), or of a folder that holds train/, test/ or val/")
     on_error: str = option("stop", "at an image that can't be decoded: stop, or leave it out", ("stop", "skip"))
     mode: str = option("auto", "how pixels are stored; auto: raw only where there is no JPEG", ("auto", "jpeg", "raw"))
     quality: int = option(90, "of images that must be re-encoded as JPEG", low=1, high=100)
@@ -223,7 +223,7 @@ def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Dotted keys and values of a YAML file."""
     if not Path(path).is_file():
-        near = difflib.get_close_matches(str(path), [str(p) for p in Path("configs").glob("*/*.yaml")], 1, 0.5)
+        near = difflib.get_close_matches(str(path), [str(p) for p in Path("configs").glob("*/*.yaml")], 1, 0.75)
         hint = f"did you mean {near[0]}?" if near else "see configs/ for those that come with the tool"
         raise ValueError(f"config file {path} does not exist: {hint}")
     try:

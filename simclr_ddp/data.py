@@ -7,7 +7,7 @@ duplicates, which are false negatives, into a batch.
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,9 +47,16 @@ class Dataset:
 
     @property
     def class_count(self) -> int:
+        """0 without classes. Raises ValueError for labels that can't be numbers of classes."""
         if self.labels is None or self.labels.ndim != 1:
             return 0
-        return max(len(self.classes or ()), int(self.labels.max()) + 1)
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= max(1000, 10 * self.count):
+            raise ValueError(
+                f"{self.source} has labels from {low} to {high}, which are no class numbers (0, 1, ...): write it "
+                "again, or pretrain without them: probe.enabled=false"
+            )
+        return max(len(self.classes or ()), high + 1)
 
 
 def open_dataset(source: str, split: str) -> Dataset:
@@ -61,6 +68,9 @@ def open_dataset(source: str, split: str) -> Dataset:
         numbers = spirograph.numbers(SPIROGRAPH_IMAGES[split], split)
         name = f"spirograph-{split}-{len(numbers)}"
         return Dataset(source, len(numbers), numbers[:, :4], None, name, numbers=numbers)
+    if not source or Path(source).is_dir():
+        what = f"data.{split}={source} is a folder" if source else f"data.{split} is empty"
+        raise ValueError(f"{what}: `python -m simclr_ddp.write_dataset FOLDER OUT.beton` makes the file that is wanted")
     beton = Beton(Path(source))
     drawn: np.ndarray | None = None
     if beton.nuisance is not None and beton.labels is not None:
@@ -153,10 +163,12 @@ class _Decoder(TorchDataset):
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
-    """Workers inherit handlers and the terminal's Ctrl-C; only the training process may act on a signal."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    """Only the training process acts on a signal, also where one reaches the whole process group (Ctrl-C, SLURM).
+
+    Workers end when it closes their queues, or dies: torch's loader watches for both.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _decoded(images: Beton, size: int, cuts: Any, workers: int, device: torch.device) -> Iterator[Tensor]:
@@ -184,7 +196,7 @@ def training_batches(
     crop_scale: tuple[float, float],
     workers: int,
     device: torch.device,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This rank's batches of the steps (counted from the start of the run), B = N / world_size images each."""
     rows = (row for _, index in training_index(share, dataset.count, steps.start, steps.stop) for row in index)
     cuts = _TrainingCuts(dataset, share, steps, crop_scale)
@@ -219,7 +231,7 @@ def evaluation_batches(
 
 def _batches(
     dataset: Dataset, rows: Iterable[np.ndarray], cuts: Any, size: int, workers: int, device: torch.device
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """A batch for each row of indices. `cuts` has the same rows with their crop boxes; Spirograph looks at no image."""
     decoded = (
         _decoded(dataset.images, size, cuts, workers, device) if dataset.images and dataset.numbers is None else None

@@ -7,6 +7,7 @@ function here returns its input: the same code runs on one process.
 import json
 import os
 import sys
+import time
 from datetime import timedelta
 from inspect import signature
 from typing import Any
@@ -16,11 +17,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+met = False  # whether this process has been one of several ranks; stays so after `stop`
+
 
 def start(device: torch.device) -> None:
     """Join the process group that torchrun described, if it did: NCCL on CUDA, gloo on CPU."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        global met
+        met = True
 
 
 def stop() -> None:
@@ -116,6 +121,7 @@ def gather(z: Tensor) -> Tensor:
 def fail_together(message: str) -> None:
     """End all ranks over a fault that all have seen: rank 0 raises ValueError with the message, the others exit."""
     if not is_main():
+        time.sleep(1)  # a launcher ends all ranks when the first exits, and rank 0 has something to say
         sys.exit(2)
     raise ValueError(message)
 

@@ -20,8 +20,9 @@ TYPICAL = 5e-3
 class LearningRateGuard:
     """Compares update and weight norms over the first updates of a run under LARS, without synchronising."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, base: float, peak: float) -> None:
-        self._active = isinstance(optimizer, LARS) and peak > 0
+    def __init__(self, optimizer: torch.optim.Optimizer, base: float, peak: float, start: int = 0) -> None:
+        # After a resume the momentum still holds larger rates of before, so only a run's own start is judged.
+        self._active = isinstance(optimizer, LARS) and peak > 0 and start == 0
         self._weights: list[nn.Parameter] = optimizer.param_groups[0]["params"]
         self._base, self._peak = base, peak
         self._before: list[Tensor] = []
@@ -46,7 +47,9 @@ class LearningRateGuard:
         if LEAST <= motion <= MOST or motion != motion:
             return None
         small = motion < LEAST
-        suggestion = self._base * TYPICAL / motion if motion > 0 else float("nan")
+        if motion == 0:
+            return "the weights do not move at all under LARS: is optim.trust_coefficient=0 meant?"
+        suggestion = self._base * TYPICAL / motion
         return (
             f"learning rate too {'small' if small else 'large'} for LARS: at optim.base_learning_rate={self._base:g} "
             f"an update moves the weights by {motion:.1e} of their norm, {'at least' if small else 'at most'} "
@@ -60,8 +63,13 @@ def loss_warning(mean_loss: float, objective: KernelInfoNCE, global_batch_size: 
     attainable = objective.attainable_loss(global_batch_size)
     if untrained is None or attainable is None or mean_loss < untrained - 0.1 * (untrained - attainable):
         return None
-    cause = "learning rate too small for LARS" if optimizer == "lars" else "the learning rate is probably too small"
+    if mean_loss > untrained + 0.1:
+        cause = "it diverges or began collapsed: lower optim.base_learning_rate or raise loss.temperature"
+    elif optimizer == "lars":
+        cause = "learning rate too small for LARS? optim.base_learning_rate=0.3 to 1.5 with linear scaling is usual"
+    else:
+        cause = f"the learning rate is probably too small for {optimizer}, or loss.temperature too low"
     return (
         f"the loss is {mean_loss:.3f} an epoch after the warm-up, log(2N-1) = {untrained:.3f} is that of no learning: "
-        f"{cause}; about optim.base_learning_rate=0.3 to 1.5 (LARS, linear scaling) is usual, or raise loss.temperature"
+        f"{cause}"
     )

@@ -212,6 +212,7 @@ def evaluate(
         classes=train.class_count,
         tolerance=settings.tolerance,
         max_iterations=settings.max_iterations,
+        report=lambda t: cli.say(f"{name} encoder: l2={t.l2:g}  validation {t.score:.4f}  {t.iterations} iterations"),
     )
     seconds = time.perf_counter() - begin
     fits: list[logistic.Tried | logistic.Solution] = [*tried, solution]

@@ -216,12 +216,14 @@ def choose(
     classes: int,
     tolerance: float = 1e-5,
     max_iterations: int = 1000,
+    report: Callable[[Tried], None] = lambda tried: None,
 ) -> tuple[Solution, list[Tried]]:
     """The linear model of the strength that does best on the held-out samples, fitted again to all of them.
 
     x        [n, D] float64
     labels   [n] int64, or [n, K] float64 numbers with classes = 0
     held     [n] bool: the samples that only judge; not looked at if there is one strength
+    report   is told of every strength tried
 
     From the strongest to the weakest, each starting at the solution before; of equals the strongest wins. Returns the
     solution, and what was tried in that order ([] if there was no choice).
@@ -245,6 +247,7 @@ def choose(
             prediction = solution.predict(judged[0])
             score = top_k(prediction, judged[1], 1) if classes else squared_errors(prediction, judged[1]).mean().item()
             tried.append(Tried(l2, score, solution.iterations, solution.gradient, solution.converged))
+            report(tried[-1])
             loss = -score if classes else score
             if best is None or loss < best_loss:
                 best, best_loss = solution, loss

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from simclr_ddp.cli import warn
-from simclr_ddp.config import Log
+from simclr_ddp.config import Log, short_hash
 
 
 class MetricsLog:
@@ -78,11 +78,12 @@ def _wandb_run(run_dir: Path, config: dict) -> Any:
         import wandb
     except ImportError as error:
         raise ValueError("log.wandb=true needs wandb: pip install wandb, or leave it off") from error
-    # The id is the run directory's name, so a resumed run continues its own curves.
+    # The id is that of the run directory, so a resumed run continues its own curves, and no other's.
     name = run_dir.name
+    identifier = f"{name}-{short_hash({'run_dir': str(run_dir.resolve())})}"
     options: dict[str, Any] = {
         "project": "simclr_ddp",
-        "id": name,
+        "id": identifier,
         "name": name,
         "dir": run_dir,
         "config": config,

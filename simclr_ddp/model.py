@@ -137,8 +137,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     or `encoder.` is stripped. Nothing is unpickled beyond what weights_only=True allows.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path / "encoder.safetensors"
     if not path.is_file():
-        raise ValueError(f"weights {path} do not exist: give a .safetensors or .pt file")
+        raise ValueError(f"weights {path} do not exist: give a .safetensors or .pt file, or a finished run's directory")
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # safetensors', pickle's and zip's errors have no common class
@@ -155,7 +157,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def initialize(encoder: Encoder, init: str, arch: str, width: float) -> str:
-    """Fill an encoder by `model.init`; returns one sentence of what was loaded, "" for random.
+    """Fill an encoder by `model.init`; returns one phrase on what was loaded.
 
     init  random, torchvision (its newest ImageNet weights of arch, downloaded by rank 0 if not cached), or a file
 
@@ -164,7 +166,7 @@ def initialize(encoder: Encoder, init: str, arch: str, width: float) -> str:
     encoder's tensors would all fit.
     """
     if init == "random":
-        return ""
+        return "random"
     if init == "torchvision":
         if width != 1:
             raise ValueError(f"model.init=torchvision has no weights of model.width={width}: width 1 is wanted")
@@ -185,14 +187,20 @@ def initialize(encoder: Encoder, init: str, arch: str, width: float) -> str:
     left = f"; random: {', '.join(missing)}" if missing else ""
     unused = [k for k in weights if k not in fitting]
     left += f"; not used: {', '.join(unused[:4])}{' ...' if len(unused) > 4 else ''}" if unused else ""
-    return f"weights: {len(fitting)} of {len(own)} tensors from {init}{left}"
+    return f"{len(fitting)} of {len(own)} tensors from {init}{left}"
 
 
 def _torchvision_weights(arch: str) -> dict[str, Tensor]:
     url = torchvision.models.get_model_weights(arch).DEFAULT.url
     if distributed.local_rank() != 0:
         distributed.barrier()  # the first rank of each machine downloads
-    weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    try:
+        weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except OSError as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise ValueError(
+            f"model.init=torchvision: {url} can't be downloaded ({error}): bring the file into {folder}"
+        ) from error
     if distributed.local_rank() == 0:
         distributed.barrier()
     return weights

@@ -2,14 +2,15 @@
 
 Without arguments it trains on the generated Spirograph set. The same command goes on with a run that was stopped,
 and says so if it is finished. Plain `python -m` runs one process; the processes of torchrun share each batch.
-Exit status: 0 finished, 75 saved and paused by a signal, 2 settings, data or a diverging loss.
+Exit status: 0 finished, 75 saved and paused by a signal, 2 settings, data or a diverging loss (torchrun makes 1 of
+every status but 0).
 """
 
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,16 @@ from torch import Tensor, nn
 from simclr_ddp import checkpoint, cli, config, distributed
 from simclr_ddp.augmentations import Augmentation
 from simclr_ddp.config import Pretrain
-from simclr_ddp.data import VIEWS, Dataset, Share, open_dataset, training_batches, training_images, usable_workers
+from simclr_ddp.data import (
+    VIEWS,
+    Batch,
+    Dataset,
+    Share,
+    open_dataset,
+    training_batches,
+    training_images,
+    usable_workers,
+)
 from simclr_ddp.guard import LearningRateGuard, loss_warning
 from simclr_ddp.info_nce import KernelInfoNCE
 from simclr_ddp.metrics import MetricsLog
@@ -47,12 +57,11 @@ def pretrain(settings: Pretrain) -> int:
             if start >= plan.total_steps and (plan.run_dir / "encoder.safetensors").exists():
                 cli.say(f"{plan.run_dir} is finished ({start} steps); run_dir=... starts another run")
                 return 0
-            state = State(settings, runtime, dataset)
-            if saved:
-                state.restore(saved)
-            else:
-                cli.say(state.loaded or "weights: random")
+            state = State(settings, runtime, dataset, saved)
+            if not saved:
+                cli.say(f"weights: {state.loaded}")
             if distributed.is_main():
+                (plan.run_dir / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier end, if any
                 record_start(settings, runtime, plan, start)
             return train(settings, runtime, dataset, plan, state, objective, augment, start)
     finally:
@@ -73,12 +82,12 @@ def train(
     device, n = runtime.device, settings.optim.global_batch_size
     batches = make_batches(settings, dataset, device, range(start, plan.total_steps))
     model = make_parallel(settings, runtime, state)
-    guard = LearningRateGuard(state.optimizer, settings.optim.base_learning_rate, plan.peak_learning_rate)
+    guard = LearningRateGuard(state.optimizer, settings.optim.base_learning_rate, plan.peak_learning_rate, start)
     log = MetricsLog(plan.run_dir, start, settings.log, config.plain(settings)) if distributed.is_main() else None
     report = Reporter(log, start, plan.total_steps, n, device, runtime.precision == "fp16")
     save = make_saver(settings, plan, state, report, identity(settings, runtime, dataset))
 
-    with stop_signals() as told_to_stop:
+    with stop_signals() as told_to_stop, closing(batches):
         for step in range(start, plan.total_steps):
             epoch, last_of_epoch = step // plan.steps_per_epoch, (step + 1) % plan.steps_per_epoch == 0
             due = (step + 1) % settings.log.every_steps == 0 or last_of_epoch or step + 1 == plan.total_steps
@@ -109,9 +118,10 @@ def train(
                 report.epoch_loss()
             elif step + 1 == plan.warmup_steps + max(plan.steps_per_epoch, 20):
                 cli.warn(loss_warning(report.epoch_loss(), objective, n, settings.optim.name))
-            if report.stop:
+            if report.stop and step + 1 < plan.total_steps:
                 report.act()  # a step that failed is not to be saved
                 save(step + 1, now=True)
+                distributed.barrier()  # a rank that left before would have its launcher end the one that saves
                 report.end()
                 cli.say(f"paused at step {step + 1} of {plan.total_steps}: the same command goes on")
                 return PAUSED
@@ -160,7 +170,9 @@ def make_augmentation(settings: Pretrain, dataset: Dataset, runtime: Runtime) ->
     return training_images(dataset, augmentation, settings.seed, runtime.dtype)
 
 
-def make_batches(settings: Pretrain, dataset: Dataset, device: torch.device, steps: range) -> Iterator:
+def make_batches(
+    settings: Pretrain, dataset: Dataset, device: torch.device, steps: range
+) -> Generator[Batch, None, None]:
     """This rank's batches of those steps."""
     workers = usable_workers(settings.data.workers, distributed.local_world_size())
     if dataset.numbers is None and workers < settings.data.workers:

@@ -22,18 +22,24 @@ class Probe:
 
     def __init__(self, dataset: Dataset, fraction: float, seed: int, device: torch.device) -> None:
         held = holdout(seed, dataset.count, fraction)
+        if held.all() or not held.any():
+            raise ValueError(
+                f"probe.validation_fraction={fraction:g} of {dataset.count} images leaves none to "
+                f"{'train the probe' if held.all() else 'score it'} on: 0.1 is usual, probe.enabled=false does without"
+            )
         self._dataset = dataset
         self._validation_index = np.flatnonzero(held)
         self._trained = torch.from_numpy(~held).to(device)
 
-    def loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+    def loss(self, logits: Tensor | None, labels: Tensor | None, sample: Tensor) -> Tensor:
         """Cross-entropy of this rank's views, held-out images counting 0; its mean over ranks is the global mean.
 
-        logits [V, B, classes], labels [B], index [B]
+        logits [V, B, classes], labels [B], sample [B]: positions in the data set
         """
+        assert logits is not None and labels is not None, "there is no probe without classes"
         targets = labels.expand(logits.shape[:2])
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        return (losses.view_as(targets) * self._trained[index]).mean()
+        return (losses.view_as(targets) * self._trained[sample]).mean()
 
     @torch.no_grad()
     def validation_top1(self, model: SimCLR, settings: Data, runtime: Runtime, batch_size: int = 256) -> float:

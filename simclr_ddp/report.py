@@ -11,6 +11,8 @@ from torch import Tensor
 from simclr_ddp import distributed
 from simclr_ddp.metrics import MetricsLog, Progress, peak_memory_bytes
 
+MOST_SKIPPED = 20  # fp16 steps on end whose gradients overflow; the first few are the loss scale finding its place
+
 
 class LateReader:
     """Device vectors that the host reads one push later, so that reading never waits for the device."""
@@ -56,7 +58,7 @@ class Reporter:
         self._images_per_step, self._device = images_per_step, device
         self._begin = self._line_time = time.perf_counter()
         self._line_step, self._waited = start, 0.0
-        self._losses: list[float] = []
+        self._loss_sum, self._loss_count, self._skipped = 0.0, 0, 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -99,8 +101,9 @@ class Reporter:
 
     def epoch_loss(self) -> float:
         """Mean loss of the steps read since the last call."""
-        losses, self._losses = self._losses, []
-        return sum(losses) / max(1, len(losses))
+        mean = self._loss_sum / max(1, self._loss_count)
+        self._loss_sum, self._loss_count = 0.0, 0
+        return mean
 
     def end(self) -> None:
         """Close the metrics, their mirrors and the progress bar."""
@@ -134,5 +137,11 @@ class Reporter:
                 f"{tag['line']['learning_rate']:g}: it diverges; a lower optim.base_learning_rate, a higher "
                 "loss.temperature or precision=fp32 may help, and the same command goes on from the last checkpoint"
             )
-        self._losses.append(loss)
+        self._skipped = 0 if gradient_norm - gradient_norm == 0 else self._skipped + 1
+        if self._skipped == MOST_SKIPPED:
+            distributed.fail_together(
+                f"step {tag['line']['step']}: the gradients of {MOST_SKIPPED} steps on end overflow fp16 at ever lower "
+                "loss scales, so nothing is learned: precision=bf16 or fp32 has the range"
+            )
+        self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
         self.stop = stop > 0

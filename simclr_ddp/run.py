@@ -62,25 +62,33 @@ def make_plan(settings: Pretrain, dataset: Dataset) -> Plan:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory, making it if need be; ValueError if another process is training in it."""
-    if not distributed.is_main():
-        yield
-        return
+    """Hold the run directory, making it if need be; all ranks end if it can't be written or another run holds it."""
+    lock, fault = _lock(run_dir) if distributed.is_main() else (None, "")
+    fault = distributed.from_main(fault)
+    if fault:
+        distributed.fail_together(fault)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise ValueError(f"run_dir={run_dir} can't be written ({error.strerror}): run_dir=... takes another") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is training in {run_dir}: wait for it, or run_dir=...") from error
-        except OSError:
-            cli.warn(f"{run_dir} lies on a file system without locks: nothing stops a second run in it")
         yield
     finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(run_dir: Path) -> tuple[int | None, str]:
+    """(open lock file, "") or (None, what is wrong)"""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        return None, f"run_dir={run_dir} can't be written ({error.strerror}): run_dir=... takes another"
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         os.close(lock)
+        return None, f"another process is training in {run_dir}: wait for it, or run_dir=... takes another"
+    except OSError:
+        cli.warn(f"{run_dir} lies on a file system without locks: nothing stops a second run in it")
+    return lock, ""
 
 
 def identity(settings: Pretrain, runtime: Runtime, dataset: Dataset) -> dict[str, Any]:
@@ -95,12 +103,23 @@ def find_checkpoint(plan: Plan, wanted: dict[str, Any], force: list[str]) -> dic
 
     Raises ValueError naming the keys in which it differs from the settings, unless resume.force names them.
     """
+    unknown = [key for key in force if key not in wanted]
+    if unknown:
+        raise ValueError(f"resume.force={unknown} names no option that a checkpoint is compared in: --help lists them")
     folder = plan.run_dir / "checkpoints"
     found = checkpoint.newest(folder, cli.warn) if distributed.is_main() else None
-    name = distributed.from_main(found.name if found else "")
+    damaged = len(list(folder.glob("*.damaged"))) if folder.is_dir() else 0
+    name, damaged = distributed.from_main([found.name if found else "", damaged])
+    if not name and damaged:
+        raise ValueError(f"no checkpoint in {folder} is whole ({damaged} damaged): run_dir=... starts another run")
     if not name:
         return None
     saved = checkpoint.load(folder / name)
+    if saved["step"] > plan.total_steps:
+        raise ValueError(
+            f"{plan.run_dir} is at step {saved['step']}, beyond the {plan.total_steps} steps of these settings: "
+            "more epochs or steps go on with it, run_dir=... starts another run"
+        )
     for key in sorted(wanted.keys() | saved["identity"].keys()):
         then, now = saved["identity"].get(key), wanted.get(key)
         if then != now and key not in force:

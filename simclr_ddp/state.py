@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simclr_ddp import cli
 from simclr_ddp.config import Pretrain
 from simclr_ddp.data import Dataset
 from simclr_ddp.model import Encoder, SimCLR, initialize, projection_head
@@ -16,10 +17,14 @@ from simclr_ddp.runtime import Runtime
 class State:
     """Model, optimizers and loss scale. No generator state: randomness is a function of seed, epoch and sample."""
 
-    def __init__(self, settings: Pretrain, runtime: Runtime, dataset: Dataset) -> None:
+    def __init__(
+        self, settings: Pretrain, runtime: Runtime, dataset: Dataset, saved: dict[str, Any] | None = None
+    ) -> None:
+        """`saved` is the checkpoint to go on from; model.init counts only without one."""
         torch.manual_seed(settings.seed)  # initial weights, drawn on the CPU: equal on all ranks and devices
         encoder = Encoder(settings.model.arch, settings.model.width, settings.model.stem)
-        self.loaded = initialize(encoder, settings.model.init, settings.model.arch, settings.model.width)
+        init = "random" if saved else settings.model.init
+        self.loaded = initialize(encoder, init, settings.model.arch, settings.model.width)
         head = settings.head
         projection = projection_head(head.kind, encoder.width_out, head.layers, head.hidden, head.out)
         classes = dataset.class_count if settings.probe.enabled else 0
@@ -38,6 +43,10 @@ class State:
             rate = settings.probe.learning_rate
             self.optimizers.append(torch.optim.AdamW(self.model.probe.parameters(), rate, weight_decay=0, fused=True))
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        if settings.probe.enabled and not classes:
+            cli.say("online probe: off, the training images have no classes")
+        if saved:
+            self.restore(saved)
 
     def zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)

@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, and damage of any kind is found out."""
 
+import errno
 import os
 import zipfile
 from pathlib import Path
@@ -188,3 +189,15 @@ def test_exported_encoder(tmp_path: Path) -> None:
         torch.equal(a, b) for a, b in zip(again.state_dict().values(), encoder.state_dict().values(), strict=True)
     )
     assert names(tmp_path) == ["encoder.safetensors"]
+
+
+def test_a_disk_that_is_away_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoint.save(tmp_path, state_of(1), 1, 2)
+
+    def away(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint.zipfile, "ZipFile", away)
+    with pytest.raises(OSError, match="Input/output"):
+        checkpoint.newest(tmp_path, print)
+    assert path.exists() and not list(tmp_path.glob("*.damaged"))

@@ -128,3 +128,16 @@ def test_workers_are_never_more_than_this_ranks_cores(monkeypatch: pytest.Monkey
         1,
         0,
     ]
+
+
+@pytest.mark.parametrize("label", [-1, 1_000_000_000])
+def test_labels_that_are_no_classes_are_named(label: int) -> None:
+    dataset = data.Dataset("x.beton", 3, np.array([0, 1, label]), None, "")
+    with pytest.raises(ValueError, match=r"no class numbers.*probe.enabled=false"):
+        _ = dataset.class_count
+
+
+@pytest.mark.parametrize("source", ["", "."])
+def test_no_file_named(source: str) -> None:
+    with pytest.raises(ValueError, match=r"data.train.* (is empty|is a folder)"):
+        data.open_dataset(source, "train")

@@ -86,7 +86,7 @@ def test_loss_warning(kernel: str) -> None:
     assert untrained == pytest.approx(math.log(511))
     warning = loss_warning(untrained - 0.01, objective, 256, "lars")
     assert warning.startswith(f"the loss is {untrained - 0.01:.3f} an epoch after the warm-up, log(2N-1) = 6.236")
-    assert "learning rate too small for LARS; about optim.base_learning_rate=0.3 to 1.5" in warning
+    assert "learning rate too small for LARS? optim.base_learning_rate=0.3 to 1.5" in warning
     assert "for LARS;" not in loss_warning(untrained, objective, 256, "sgd")
     edge = untrained - 0.1 * (untrained - attainable)
     assert loss_warning(edge + 1e-6, objective, 256, "lars") and not loss_warning(edge - 1e-6, objective, 256, "lars")
@@ -95,3 +95,24 @@ def test_loss_warning(kernel: str) -> None:
 
 def test_loss_warning_has_nothing_to_say_about_the_spectral_loss() -> None:
     assert loss_warning(100.0, KernelInfoNCE("spectral"), 256, "lars") is None
+
+
+def test_a_resumed_run_is_not_judged_again() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = make_optimizer(model, "lars", weight_decay=0, momentum=0.9, trust_coefficient=1e-3)
+    guard = LearningRateGuard(optimizer, 1e-3, 1e-3, start=40)
+    said = []
+    for _ in range(STEPS + 1):
+        model(torch.ones(2, 4)).square().sum().backward()
+        set_learning_rate(optimizer, 1e-3)
+        guard.before(1e-3)
+        optimizer.step()
+        said.append(guard.after(1e-3))
+    assert said == [None] * (STEPS + 1)
+
+
+def test_a_loss_above_that_of_no_learning_is_no_small_learning_rate() -> None:
+    warning = loss_warning(9.0, KernelInfoNCE(), 256, "lars")
+    assert warning is not None and "collapsed" in warning and "too small" not in warning
+    adamw = loss_warning(6.2, KernelInfoNCE(), 256, "adamw")
+    assert adamw is not None and "LARS" not in adamw

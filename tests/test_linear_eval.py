@@ -44,7 +44,7 @@ def trained(files: dict[str, Path], ranks: Ranks, tmp_path_factory: pytest.TempP
     """A finished run of ten steps."""
     run_dir = tmp_path_factory.mktemp("runs") / "run"
     more = ("precision=fp32", f"data.test={files['test']}", "checkpoint.every_steps=5", f"optim.steps={STEPS}")
-    ranks.run(1, train, settings(files["train"], run_dir, *more))
+    ranks.run(1, train, settings(files["train"], run_dir, "data.size=16", *more))
     return run_dir
 
 

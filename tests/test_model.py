@@ -226,7 +226,7 @@ def test_initialize_from_a_file(kind: str, tmp_path: Path) -> None:
     path = write(kind, tmp_path, state)
     encoder = Encoder("resnet18", TINY)
     sentence = initialize(encoder, str(path), "resnet18", TINY)
-    assert sentence == f"weights: {len(state)} of {len(state)} tensors from {path}"
+    assert sentence == f"{len(state)} of {len(state)} tensors from {path}"
     for key, value in encoder.state_dict().items():
         assert torch.equal(value, state[key]), key
 
@@ -331,4 +331,4 @@ def test_torchvisions_weights_come_from_the_cache(tmp_path: Path, monkeypatch: p
 def test_random_is_left_alone() -> None:
     encoder = Encoder("resnet18", TINY)
     before = encoder.conv1.weight.clone()
-    assert initialize(encoder, "random", "resnet18", TINY) == "" and torch.equal(encoder.conv1.weight, before)
+    assert initialize(encoder, "random", "resnet18", TINY) == "random" and torch.equal(encoder.conv1.weight, before)

@@ -24,7 +24,7 @@ def settings(images: Path, run_dir: Path, *more: str) -> list[str]:
         "device=cpu",
         "precision=fp64",
         "threads=1",
-        "data.size=16",
+        "data.size=20",  # the least at which blur has a kernel
         "data.workers=0",
         "data.augmentation.blur=[0.5,0.5]",
         "data.augmentation.solarize=[0,0.2]",

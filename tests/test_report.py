@@ -173,3 +173,11 @@ def test_all_ranks_end_at_the_same_step(ranks: Ranks) -> None:
     assert told == ["step 3: loss nan", "exit 2 at 4", "exit 2 at 4", "exit 2 at 4"]
     assert ranks.run(4, diverging, [1.0] * 4, [0.0, 0.0, 1.0, 0.0]) == ["stopped at 4"] * 4
     assert ranks.run(2, diverging, [1.0] * 4, [0.0] * 4) == ["nothing"] * 2
+
+
+def test_fp16_that_never_stops_overflowing_ends_the_run(tmp_path: Path) -> None:
+    report = make(tmp_path, fp16=True)
+    with pytest.raises(ValueError, match="overflow fp16"):
+        for step in range(1, 40):
+            push(report, step, norm=math.inf)
+    assert step == 21, "twenty steps on end, read one step late"

@@ -1,6 +1,7 @@
 """Invariant 3: a run can't be lost, only paused. Real processes, killed with real signals."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from simclr_ddp import pretrain
+from simclr_ddp.beton import Beton
 from simclr_ddp.metrics import read_metrics
 from tests import processes
 
@@ -120,3 +122,66 @@ def test_ctrl_c_pauses_although_it_arrives_twice(images: Path, tmp_path: Path) -
     (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*.pt")
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert f"step-{lines[-1]['step']:08d}.pt" == saved.name
+
+
+def test_sigterm_to_the_whole_group_spares_the_decoding_processes(images: Path, tmp_path: Path) -> None:
+    arguments = settings(images, tmp_path / "run", "optim.steps=400", "checkpoint.every_steps=0", "data.workers=1")
+    process = processes.start("simclr_ddp.pretrain", *arguments)
+    processes.wait_for_step(tmp_path / "run", 3, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    status, output = processes.finish(process)
+    assert status == pretrain.PAUSED and "paused at step" in output, output
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))) == 1
+
+
+def test_what_only_another_rank_finds_wrong_is_told(images: Path, tmp_path: Path) -> None:
+    content = bytearray(images.read_bytes())
+    start = 0
+    for _ in range(Beton(images).count // 2):  # half of the images: the other rank's own batches hold some, too
+        start = content.index(b"\xff\xd8\xff", start + 1)
+        content[start : start + 300] = bytes(300)
+    (tmp_path / "broken.beton").write_bytes(content)
+    shutil.copy(f"{images}.json", tmp_path / "broken.beton.json")
+    arguments = settings(tmp_path / "broken.beton", tmp_path / "run", "optim.global_batch_size=2")
+    status, output = processes.run("simclr_ddp.pretrain", *arguments, ranks=2)
+    assert status != 0 and "can't be decoded" in output, output
+
+
+def test_an_encoder_of_an_earlier_end_is_not_left_behind(images: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    short = settings(images, run_dir, "optim.steps=4")
+    assert pretrain.main(short) == 0
+    before = (run_dir / "encoder.safetensors").read_bytes()
+    longer = settings(images, run_dir, "optim.steps=6", "resume.force=[optim.steps]")
+    assert pretrain.main(longer) == 0
+    assert (run_dir / "encoder.safetensors").read_bytes() != before
+    (run_dir / "encoder.safetensors").unlink()  # killed between the last checkpoint and the export
+    assert pretrain.main(longer) == 0 and (run_dir / "encoder.safetensors").exists()
+
+
+def test_settings_that_end_before_the_checkpoint(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pretrain.main(settings(images, tmp_path / "run", "optim.steps=4")) == 0
+    assert pretrain.main(settings(images, tmp_path / "run", "optim.steps=2", "resume.force=[optim.steps]")) == 2
+    assert "is at step 4, beyond the 2 steps" in capsys.readouterr().err
+    assert pretrain.main(settings(images, tmp_path / "run", "optim.steps=4", "resume.force=[optim.stops]")) == 2
+    assert "names no option" in capsys.readouterr().err
+
+
+def test_no_whole_checkpoint_is_no_new_start(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain.main(settings(images, tmp_path / "run", "optim.steps=4")) == 0
+    (path,) = (tmp_path / "run" / "checkpoints").glob("step-*.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert pretrain.main(settings(images, tmp_path / "run", "optim.steps=4")) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 4, "nothing is cut off"
+
+
+def test_a_resume_does_not_need_the_initial_weights(images: Path, tmp_path: Path) -> None:
+    assert pretrain.main(settings(images, tmp_path / "first", "optim.steps=2")) == 0
+    weights = tmp_path / "first" / "encoder.safetensors"
+    options = (f"model.init={weights}", "resume.force=[optim.steps]")
+    assert pretrain.main(settings(images, tmp_path / "run", "optim.steps=2", *options)) == 0
+    weights.unlink()
+    assert pretrain.main(settings(images, tmp_path / "run", "optim.steps=3", *options)) == 0

@@ -33,9 +33,10 @@ def main() -> int:
     gpu = re.sub(r"\W+", "_", torch.cuda.get_device_name()).strip("_").lower()
     out = Path(sys.argv[1] if len(sys.argv) > 1 else f"benchmarks/results/gpu_suite_{gpu}.json")
     results: dict[str, Any] = {"command": "python -m benchmarks.gpu.suite", "environment": describe(runtime)}
+    ranks = max(r for r in range(1, 1 + torch.cuda.device_count()) if 256 % r == 0)  # those divide the default batch
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "tests": gpu_tests,
-        "training": lambda: training(torch.cuda.device_count(), "optim.steps=300", "log.every_steps=20"),
+        "training": lambda: training(ranks, "optim.steps=300", "log.every_steps=20"),
     }
     for name, stage in stages.items():
         print(f"stage {name} ...", flush=True)
