@@ -73,17 +73,20 @@ def _cut(path: Path, resume_step: int) -> None:
     temporary.replace(path)
 
 
+def _wandb_id(run_dir: Path) -> str:
+    """An id of the run directory's own: a resumed run continues its curves, and no other's of the same name."""
+    return f"{run_dir.name}-{short_hash({'run_dir': str(run_dir.resolve())})}"
+
+
 def _wandb_run(run_dir: Path, config: dict) -> Any:
     try:
         import wandb
     except ImportError as error:
         raise ValueError("log.wandb=true needs wandb: pip install wandb, or leave it off") from error
-    # The id is that of the run directory, so a resumed run continues its own curves, and no other's.
     name = run_dir.name
-    identifier = f"{name}-{short_hash({'run_dir': str(run_dir.resolve())})}"
     options: dict[str, Any] = {
         "project": "simclr_ddp",
-        "id": identifier,
+        "id": _wandb_id(run_dir),
         "name": name,
         "dir": run_dir,
         "config": config,

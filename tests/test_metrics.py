@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from simclr_ddp.config import Log
-from simclr_ddp.metrics import MetricsLog, Progress, peak_memory_bytes, read_metrics
+from simclr_ddp.metrics import MetricsLog, Progress, _wandb_id, peak_memory_bytes, read_metrics
 
 
 def line_of(step: int) -> dict:
@@ -98,7 +98,9 @@ def test_wandb_offline_holds_the_same_values(tmp_path: Path, monkeypatch: pytest
     run_dir.mkdir()
     write(run_dir, 0, range(1, 5), Log(wandb=True))
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    assert file.name == "run-cifar10-1a2b3c4d.wandb"  # the run's own id, so that a resumed run goes on with its curves
+    # The run directory's own id, so that a resumed run goes on with its curves and another "cifar10" doesn't.
+    assert re.fullmatch(r"run-cifar10-1a2b3c4d-[0-9a-f]{8}\.wandb", file.name)
+    assert _wandb_id(run_dir) == file.name[4:-6] != _wandb_id(tmp_path / "elsewhere" / run_dir.name)
     mirrored, config = [], {}
     for content in wandb_records(file):
         record = format_of.Record()
