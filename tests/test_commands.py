@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.gpu import suite
-from simclr_ddp import pretrain, visualize, write_dataset
+from launch import demo
+from simclr_ddp import linear_eval, pretrain, visualize, write_dataset
 from simclr_ddp.metrics import read_metrics
 from tests import processes
 from tests.processes import ROOT
@@ -29,6 +30,18 @@ def test_visualize_draws_curves_and_views(images: Path, tmp_path: Path, capsys: 
         with Image.open(path) as picture:
             assert picture.width > 200 and len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
         assert path.stat().st_size < 300_000
+
+
+def test_the_demos_summary_of_a_real_evaluation(tmp_path: Path) -> None:
+    data = tmp_path / "s.beton"
+    write_dataset.write_dataset("spirograph", data, images=64)
+    options = [f"data.train={data}", f"data.test={data}", f"run_dir={tmp_path / 'run'}", "device=cpu"]
+    assert pretrain.main([*options, "optim.global_batch_size=16", *TINY]) == 0
+    assert linear_eval.main([str(tmp_path / "run"), "device=cpu", "workers=0"]) == 0
+    results = json.loads((tmp_path / "run" / "linear_eval.json").read_text())["results"]
+    text = demo.summary(tmp_path / "run")
+    assert f"{results['trained']['mse']:.4f} trained, {results['random']['mse']:.4f} untrained" in text
+    assert str(tmp_path / "run") in text
 
 
 def test_visualize_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
