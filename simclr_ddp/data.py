@@ -171,6 +171,12 @@ def _leave_signals_to_the_parent(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """The values on the device; a GPU gets them without the host waiting for it."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def _decoded(images: Beton, size: int, cuts: Any, workers: int, device: torch.device) -> Iterator[Tensor]:
     loader = DataLoader(
         _Decoder(images, size),
@@ -237,9 +243,9 @@ def _batches(
         _decoded(dataset.images, size, cuts, workers, device) if dataset.images and dataset.numbers is None else None
     )
     for row in rows:
-        inputs = next(decoded) if decoded else torch.from_numpy(dataset.numbers[row]).to(device)  # type: ignore[index]
-        labels = None if dataset.labels is None else torch.from_numpy(dataset.labels[row]).to(device)
-        yield Batch(inputs, torch.from_numpy(row).to(device), labels)
+        inputs = next(decoded) if decoded else _sent(dataset.numbers[row], device)  # type: ignore[index]
+        labels = None if dataset.labels is None else _sent(dataset.labels[row], device)
+        yield Batch(inputs, _sent(row, device), labels)
 
 
 def training_images(dataset: Dataset, augmentation: Augmentation, seed: int, dtype: torch.dtype) -> Callable:

@@ -104,7 +104,7 @@ def train(
             state.scaler.scale(loss + probe_loss).backward()
 
             top1 = objective.top1(output.y[0], output.y[1]) if due else torch.zeros_like(loss)
-            mine = torch.stack([loss.detach(), top1, loss.new_tensor(told_to_stop())])
+            mine = torch.stack([loss.detach(), top1, torch.full_like(loss, told_to_stop())])
             vector = torch.cat([distributed.all_sum(mine) / distributed.world_size(), state.gradient_norm()[None]])
             guard.before(rate)
             state.step(skip=~vector.isfinite().all())
