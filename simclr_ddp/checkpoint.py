@@ -79,6 +79,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def newest(folder: Path, report: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that loads; damaged ones after it are reported and renamed to *.damaged. Rank 0 only."""
+    for left in folder.glob(".step-*.tmp"):  # of a save that was killed
+        left.unlink()
     for path in reversed(all_steps(folder)):
         try:
             load(path)

@@ -82,8 +82,10 @@ def _lock(run_dir: Path) -> tuple[int | None, str]:
     except OSError as error:
         return None, f"run_dir={run_dir} can't be written ({error.strerror}): run_dir=... takes another"
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # A record lock ends with this process. One by flock would live on in its decoding processes, which notice
+        # a kill -9 only seconds later, and refuse the run that is started again at once.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         os.close(lock)
         return None, f"another process is training in {run_dir}: wait for it, or run_dir=... takes another"
     except OSError:

@@ -1,8 +1,9 @@
 """What a user sees: help, dry runs, and one line for every mistake."""
 
-import fcntl
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -268,10 +269,18 @@ def test_other_data_in_the_run_directory(images: Path, tmp_path: Path, capfd: py
 def test_another_process_in_the_run_directory(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    with (run_dir / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert run(*small(images, run_dir)) == 2
-        assert f"another process is training in {run_dir}" in only_error(capfd)
+    program = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+    program += "print('held', flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, str(run_dir / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    assert run(*small(images, run_dir)) == 2
+    assert f"another process is training in {run_dir}" in only_error(capfd)
+    other.communicate("\n")
     assert run(*small(images, run_dir)) == 0
 
 

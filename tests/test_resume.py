@@ -185,3 +185,18 @@ def test_a_resume_does_not_need_the_initial_weights(images: Path, tmp_path: Path
     assert pretrain.main(settings(images, tmp_path / "run", "optim.steps=2", *options)) == 0
     weights.unlink()
     assert pretrain.main(settings(images, tmp_path / "run", "optim.steps=3", *options)) == 0
+
+
+def test_started_again_at_once_after_a_kill(images: Path, tmp_path: Path) -> None:
+    """Decoding processes outlive a kill -9 by seconds; they must not hold the run directory."""
+    arguments = settings(images, tmp_path / "run", "data.workers=1")
+    process = processes.start("simclr_ddp.pretrain", *arguments)
+    processes.wait_for_step(tmp_path / "run", 7, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    (tmp_path / "run" / "checkpoints" / ".step-00000099.pt.tmp").write_bytes(b"half")
+    try:
+        assert pretrain.main(arguments) == 0
+    finally:
+        processes.finish(process)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*")), "what a killed save left is gone"
