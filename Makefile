@@ -2,6 +2,9 @@
 PYTHON ?= python3
 # Another package index for torch, for example a CPU-only one: make setup TORCH_INDEX=...
 TORCH_INDEX ?=
+# The OpenCV that FFCV is built against: nothing for packages of Debian or Ubuntu that are downloaded, not installed;
+# "system" for the installed one; a folder such as $CONDA_PREFIX; "no" for no FFCV.
+FFCV ?=
 
 .PHONY: demo test test-slow test-all check format setup lock clean
 
@@ -25,8 +28,10 @@ format: setup
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+# Makes .venv: the packages of requirements.lock, and FFCV, which is built here (tools/build-ffcv-wheel). Where that
+# fails it says why, and everything but FFCV works.
 setup:
-	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" tools/setup
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" FFCV="$(FFCV)" tools/setup
 
 # Writes requirements.lock anew from the newest versions that setup.cfg allows.
 lock:
