@@ -73,6 +73,7 @@ class Beton:
     """A .beton file, opened read-only; pickled by its path.
 
     count     number of samples, n
+    fields    names of the columns
     sizes     int64 [n, 2] height and width
     labels    int64 [n] (classes), float32 [n, k] (numbers), or None
     nuisance  float32 [n, k] of generated data, or None
@@ -85,6 +86,7 @@ class Beton:
 
     path: Path
     count: int
+    fields: list[str]
     sizes: np.ndarray
     labels: np.ndarray | None
     nuisance: np.ndarray | None
@@ -131,6 +133,7 @@ class Beton:
         if (self._pointers > end).any() or (self._sizes > end - self._pointers).any():
             raise self._damaged("is truncated: it points beyond its end")
 
+        self.fields = names
         columns = {name: (field, rows[f"f{i}"]) for i, (name, field) in enumerate(zip(names, fields, strict=True))}
         if columns.get("image", (INT,))[0] != PICTURES:
             raise ValueError(f"{path} has no image field called `image`, only {', '.join(names)}: write it again")
@@ -151,6 +154,10 @@ class Beton:
 
     def _damaged(self, what: str) -> ValueError:
         return ValueError(f"{self.path} {what}: copy or write it again")
+
+    def undecodable(self, i: int, error: Exception) -> ValueError:
+        """The sentence for a broken image i."""
+        return ValueError(f"image {i} of {self.path} can't be decoded ({error}): write the file again")
 
     def _read_descriptors(self, header: np.void) -> tuple[list[str], list[Field]]:
         page_size, count = int(header["page_size"]), int(header["fields"])
@@ -246,7 +253,7 @@ class Beton:
                 raise ValueError(f"it is {image.width} x {image.height}, not {picture.width} x {picture.height} pixels")
             return image if image.mode == "RGB" else image.convert("RGB")
         except Exception as error:  # Pillow raises almost anything at broken data
-            raise ValueError(f"image {i} of {self.path} can't be decoded ({error}): write the file again") from error
+            raise self.undecodable(i, error) from error
 
     def image(self, i: int) -> np.ndarray:
         """Image i, decoded: uint8 [height, width, 3], RGB, writable. Raises ValueError if it can't be decoded."""
@@ -254,7 +261,7 @@ class Beton:
         try:
             return np.array(picture)
         except Exception as error:
-            raise ValueError(f"image {i} of {self.path} can't be decoded ({error}): write the file again") from error
+            raise self.undecodable(i, error) from error
 
 
 def sidecar(path: Path) -> Path:

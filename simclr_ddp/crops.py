@@ -9,6 +9,7 @@ import math
 import numpy as np
 from PIL import Image
 
+from simclr_ddp.beton import Beton
 from simclr_ddp.draws import Draw, uniforms
 
 TRIES = 10
@@ -86,13 +87,30 @@ def _boxes(
 def resize_crop(image: Image.Image, box: tuple[int, int, int, int] | np.ndarray, size: int) -> np.ndarray:
     """uint8 [size, size, 3]: the box of the image, resized by Pillow's bilinear filter, antialiased.
 
-    The reference other resizers are compared with. At the box's border the filter reaches into the image around it.
+    The reference: what every loader gives. At the box's border the filter reaches into the image around it. Rows are
+    resized before columns, one after the other, since versions of Pillow differ in what they begin with.
     """
     top, left, height, width = (int(x) for x in box)
     if image.mode != "RGB":
         image = image.convert("RGB")
-    source = (left, top, left + width, top + height)
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=source))
+    margin = math.ceil(max(height / size, 1.0)) + 1  # what the filter can reach
+    above, below = max(0, top - margin), min(image.height, top + height + margin)
+    strip = image.crop((0, above, image.width, below))
+    bilinear = Image.Resampling.BILINEAR
+    rows = strip.resize((size, strip.height), bilinear, box=(left, 0, left + width, strip.height))
+    return np.asarray(rows.resize((size, size), bilinear, box=(0, top - above, size, top - above + height)))
+
+
+def cut_views(images: Beton, sample: int, boxes: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [V, size, size, 3]: the boxes [V, 4] of one image, which is decoded once.
+
+    Raises ValueError in one sentence if it can't be decoded.
+    """
+    image = images.jpeg(sample)
+    try:
+        return np.stack([resize_crop(image, box, size) for box in boxes])
+    except OSError as error:
+        raise images.undecodable(sample, error) from error
 
 
 def evaluation_box(height: int, width: int, size: int) -> tuple[int, int, int, int]:
