@@ -37,6 +37,11 @@ def section(cls: type) -> Any:
     return field(default_factory=cls)
 
 
+LOADERS = ("auto", "ffcv", "torch")
+LOADER_MEANING = "who decodes a .beton file; both give the same pixels, auto takes FFCV where it is installed"
+WORKERS_MEANING = "decoding workers per rank: FFCV's threads, torch's processes; lowered to the cores there are"
+
+
 @dataclass
 class Augmentation:
     crop_scale: list[float] = option(
@@ -58,8 +63,8 @@ class Data:
     train: str = option("spirograph", "training images: a .beton file, or `spirograph` for the generated set")
     test: str = option("spirograph", "test images for the evaluators: a .beton file, `spirograph`, or empty")
     size: int = option(32, "height and width of a view in pixels", low=8)
-    loader: str = option("torch", "who reads the .beton file", ("torch",))
-    workers: int = option(4, "decoding processes per rank; lowered to the cores there are; 0 decodes in place", low=0)
+    loader: str = option("auto", LOADER_MEANING, LOADERS)
+    workers: int = option(4, WORKERS_MEANING, low=0)
     augmentation: Augmentation = section(Augmentation)
 
 
@@ -172,7 +177,8 @@ class LinearEval:
     device: str = option("auto", "auto takes CUDA where there is one", ("auto", "cuda", "cpu"))
     precision: str = option("fp32", "of the forward passes", ("auto", "bf16", "fp16", "fp32", "fp64"))
     threads: int = option(0, "CPU threads per rank; 0 shares the cores among the ranks here", low=0, high=1024)
-    workers: int = option(4, "decoding processes per rank; lowered to the cores there are; 0 decodes in place", low=0)
+    loader: str = option("auto", LOADER_MEANING, LOADERS)
+    workers: int = option(4, WORKERS_MEANING, low=0)
 
 
 @dataclass

@@ -5,11 +5,13 @@ permutation, rank r of them [r*B, (r+1)*B). The tail that does not fill a batch 
 duplicates, which are false negatives, into a batch.
 """
 
+import atexit
 import os
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +24,12 @@ from torch.utils.data import Dataset as TorchDataset
 from simclr_ddp import spirograph
 from simclr_ddp.augmentations import Augmentation, normalize
 from simclr_ddp.beton import Beton
-from simclr_ddp.crops import crop_boxes, evaluation_box, resize_crop
+from simclr_ddp.crops import crop_boxes, cut_views, evaluation_box
 from simclr_ddp.draws import Draw, permutation, view_uniforms
 
 SPIROGRAPH_IMAGES = {"train": 10_000, "test": 2_000}
 VIEWS = 2
+PREFETCH = 2  # batches decoded ahead of the one in use
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class _TrainingCuts:
 
 
 class _Decoder(TorchDataset):
-    """(indices [B], boxes [B, V, 4]) -> uint8 [V, B, 3, size, size]; each image is decoded once.
+    """(indices [B], boxes [B, V, 4]) -> uint8 [B, V, size, size, 3]; each image is decoded once.
 
     An image that can't be decoded is answered with the sentence that says so: the caller raises it, since an error
     in a worker process would reach the user as two tracebacks.
@@ -154,12 +157,10 @@ class _Decoder(TorchDataset):
         out = np.empty((len(index), boxes.shape[1], self.size, self.size, 3), np.uint8)
         for i, (sample, cut) in enumerate(zip(index, boxes, strict=True)):
             try:
-                image = self.images.jpeg(int(sample))
-                for view, box in enumerate(cut):
-                    out[i, view] = resize_crop(image, box, self.size)
-            except (OSError, ValueError) as error:
-                return f"image {sample} of {self.images.path} can't be decoded ({error}): write the file again"
-        return torch.from_numpy(out).permute(1, 0, 4, 2, 3).contiguous()
+                out[i] = cut_views(self.images, int(sample), cut, self.size)
+            except ValueError as error:
+                return str(error)
+        return torch.from_numpy(out)
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
@@ -177,20 +178,63 @@ def _sent(values: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _decoded(images: Beton, size: int, cuts: Any, workers: int, device: torch.device) -> Iterator[Tensor]:
+def _read_views(images: Beton, size: int, cuts: Any, workers: int, pinned: bool) -> Generator[Tensor, None, None]:
+    """uint8 [B, V, size, size, 3] for each (indices, boxes) of `cuts`, in order, by torch's DataLoader and Pillow."""
     loader = DataLoader(
         _Decoder(images, size),
         sampler=cuts,
         batch_size=None,
         num_workers=workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=pinned,
         worker_init_fn=_leave_signals_to_the_parent,
-        prefetch_factor=2 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
     )
-    for views in loader:
-        if isinstance(views, str):
-            raise ValueError(views)
-        yield views.to(device, non_blocking=True)
+    iterator = iter(loader)
+    stop = getattr(iterator, "_shutdown_workers", lambda: None)
+    atexit.register(stop)  # Python would end those left open by the signal that they ignore, and wait
+    try:
+        for views in iterator:
+            if isinstance(views, str):
+                raise ValueError(views)
+            yield views
+    finally:
+        stop()
+        atexit.unregister(stop)
+
+
+@cache
+def usable_loader(wanted: str) -> tuple[str, str]:
+    """(`ffcv` or `torch`, why not FFCV): what `wanted` (auto, ffcv or torch) comes to here.
+
+    Raises ValueError if FFCV is wanted and can't be imported.
+    """
+    if wanted == "torch":
+        return "torch", ""
+    try:
+        import simclr_ddp.ffcv_loader  # noqa: F401
+    except Exception as error:  # a missing library is an OSError, numba raises errors of its own
+        reason = " ".join(str(error).split())
+        if wanted == "ffcv":
+            raise ValueError(
+                f"FFCV can't be imported ({reason}): make setup installs it, the loader torch does without"
+            ) from error
+        return "torch", f"FFCV can't be imported ({reason})"
+    return "ffcv", ""
+
+
+def describe_loader(images: Beton, wanted: str, workers: int, batch_size: int, views: int, size: int) -> str:
+    """One line: who decodes, why not FFCV, and the memory it takes, from the sizes in the file's tables."""
+    loader, reason = usable_loader(wanted)
+    if loader == "ffcv":
+        who, ahead = f"FFCV, {max(1, workers)} threads", PREFETCH + 2  # one of them is in use
+    else:
+        who, ahead = f"torch's DataLoader, {workers} processes", PREFETCH * workers + 2
+    height, width = (int(side) for side in images.sizes[images.sizes.prod(axis=1).argmax()])
+    megabytes = (ahead * batch_size * views * size**2 * 3 + max(1, workers) * height * width * 3) / 1e6
+    return (
+        f"{reason + ': ' if reason else ''}images are decoded by {who}, with {megabytes:,.0f} MB a rank for {ahead} "
+        f"batches of {batch_size} x {views} views and the largest image, {width} x {height} pixels"
+    )
 
 
 def training_batches(
@@ -201,12 +245,16 @@ def training_batches(
     size: int,
     crop_scale: tuple[float, float],
     workers: int,
+    loader: str,
     device: torch.device,
 ) -> Generator[Batch, None, None]:
-    """This rank's batches of the steps (counted from the start of the run), B = N / world_size images each."""
+    """This rank's batches of the steps (counted from the start of the run), B = N / world_size images each.
+
+    loader  `auto`, `ffcv` or `torch`: all give the same views
+    """
     rows = (row for _, index in training_index(share, dataset.count, steps.start, steps.stop) for row in index)
     cuts = _TrainingCuts(dataset, share, steps, crop_scale)
-    return _batches(dataset, rows, cuts, size, workers, device)
+    return _batches(dataset, rows, cuts, size, workers, loader, device)
 
 
 def views_at(
@@ -217,14 +265,12 @@ def views_at(
         return torch.from_numpy(dataset.numbers[index])
     assert dataset.images is not None
     boxes = crop_boxes(seed, epoch, index, dataset.images.sizes[index], VIEWS, crop_scale)
-    views = _Decoder(dataset.images, size)[index, boxes]
-    if isinstance(views, str):
-        raise ValueError(views)
-    return views
+    views = [cut_views(dataset.images, int(sample), cut, size) for sample, cut in zip(index, boxes, strict=True)]
+    return _views_first(torch.from_numpy(np.stack(views)))
 
 
 def evaluation_batches(
-    dataset: Dataset, index: np.ndarray, *, size: int, batch_size: int, workers: int, device: torch.device
+    dataset: Dataset, index: np.ndarray, *, size: int, batch_size: int, workers: int, loader: str, device: torch.device
 ) -> Iterator[Batch]:
     """The images of `index` [n] in that order, one central view each: inputs are uint8 [1, b, 3, size, size]."""
     rows = [index[i : i + batch_size] for i in range(0, len(index), batch_size)]
@@ -232,20 +278,36 @@ def evaluation_batches(
     if dataset.images is not None:
         sizes = dataset.images.sizes
         cuts = [(row, np.array([[evaluation_box(h, w, size)] for h, w in sizes[row].tolist()])) for row in rows]
-    return _batches(dataset, rows, cuts, size, workers, device)
+    return _batches(dataset, rows, cuts, size, workers, loader, device)
+
+
+def _views_first(views: Tensor) -> Tensor:
+    """[B, V, H, W, 3] -> [V, B, 3, H, W], not copied."""
+    return views.permute(1, 0, 4, 2, 3)
 
 
 def _batches(
-    dataset: Dataset, rows: Iterable[np.ndarray], cuts: Any, size: int, workers: int, device: torch.device
+    dataset: Dataset, rows: Iterable[np.ndarray], cuts: Any, size: int, workers: int, loader: str, device: torch.device
 ) -> Generator[Batch, None, None]:
     """A batch for each row of indices. `cuts` has the same rows with their crop boxes; Spirograph looks at no image."""
-    decoded = (
-        _decoded(dataset.images, size, cuts, workers, device) if dataset.images and dataset.numbers is None else None
-    )
-    for row in rows:
-        inputs = next(decoded) if decoded else _sent(dataset.numbers[row], device)  # type: ignore[index]
+
+    def batch(inputs: Tensor, row: np.ndarray) -> Batch:
         labels = None if dataset.labels is None else _sent(dataset.labels[row], device)
-        yield Batch(inputs, _sent(row, device), labels)
+        return Batch(inputs, _sent(row, device), labels)
+
+    if dataset.images is None or dataset.numbers is not None:
+        assert dataset.numbers is not None
+        for row in rows:
+            yield batch(_sent(dataset.numbers[row], device), row)
+        return
+    read_views: Callable[..., Generator[Tensor, None, None]] = _read_views
+    if usable_loader(loader)[0] == "ffcv":
+        from simclr_ddp import ffcv_loader  # takes a second to import
+
+        read_views = ffcv_loader.read_views
+    with closing(read_views(dataset.images, size, cuts, workers, device.type == "cuda")) as decoded:
+        for row, views in zip(rows, decoded, strict=True):
+            yield batch(_views_first(views.to(device, non_blocking=True)), row)
 
 
 def training_images(dataset: Dataset, augmentation: Augmentation, seed: int, dtype: torch.dtype) -> Callable:
@@ -281,5 +343,5 @@ def cores() -> int:
 
 
 def usable_workers(wanted: int, local_ranks: int) -> int:
-    """Decoding processes for a rank: at most its share of the cores, at least one unless none are wanted."""
+    """Decoding workers of a rank: at most its share of the cores, at least one unless none are wanted."""
     return min(wanted, max(1, cores() // local_ranks))

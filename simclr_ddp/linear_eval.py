@@ -180,6 +180,7 @@ def forward(
             runtime,
             batch_size=settings.batch_size,
             workers=settings.workers,
+            loader=settings.loader,
             title=f"{name} encoder, {split}",
         )
         for split, dataset in (("train", train), ("test", test))

@@ -23,6 +23,7 @@ from simclr_ddp.data import (
     Batch,
     Dataset,
     Share,
+    describe_loader,
     open_dataset,
     training_batches,
     training_images,
@@ -174,13 +175,23 @@ def make_batches(
     settings: Pretrain, dataset: Dataset, device: torch.device, steps: range
 ) -> Generator[Batch, None, None]:
     """This rank's batches of those steps."""
-    workers = usable_workers(settings.data.workers, distributed.local_world_size())
-    if dataset.numbers is None and workers < settings.data.workers:
-        cli.say(f"data.workers={settings.data.workers} is lowered to {workers}: this rank's share of the cores")
+    wanted = settings.data
     share = Share(settings.seed, settings.optim.global_batch_size, distributed.rank(), distributed.world_size())
-    low, high = settings.data.augmentation.crop_scale
+    workers = usable_workers(wanted.workers, distributed.local_world_size())
+    if dataset.images is not None and dataset.numbers is None:
+        if workers < wanted.workers:
+            cli.say(f"data.workers={wanted.workers} is lowered to {workers}: this rank's share of the cores")
+        batch_size = share.global_batch_size // share.world_size
+        cli.say(describe_loader(dataset.images, wanted.loader, workers, batch_size, VIEWS, wanted.size))
     return training_batches(
-        dataset, share, steps, size=settings.data.size, crop_scale=(low, high), workers=workers, device=device
+        dataset,
+        share,
+        steps,
+        size=wanted.size,
+        crop_scale=(wanted.augmentation.crop_scale[0], wanted.augmentation.crop_scale[1]),
+        workers=workers,
+        loader=wanted.loader,
+        device=device,
     )
 
 

@@ -50,7 +50,13 @@ class Probe:
         correct = torch.zeros((), dtype=torch.int64, device=runtime.device)
         model.eval()
         for inputs, _, labels in evaluation_batches(
-            self._dataset, share, size=settings.size, batch_size=batch_size, workers=workers, device=runtime.device
+            self._dataset,
+            share,
+            size=settings.size,
+            batch_size=batch_size,
+            workers=workers,
+            loader=settings.loader,
+            device=runtime.device,
         ):
             assert labels is not None
             with runtime.autocast():

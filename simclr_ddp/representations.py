@@ -138,7 +138,15 @@ def _checkpoint(file: Path) -> tuple[Spec, dict[str, Any], dict[str, Tensor], in
 
 @torch.no_grad()
 def representations(
-    encoder: Encoder, dataset: Dataset, spec: Spec, runtime: Runtime, *, batch_size: int, workers: int, title: str
+    encoder: Encoder,
+    dataset: Dataset,
+    spec: Spec,
+    runtime: Runtime,
+    *,
+    batch_size: int,
+    workers: int,
+    loader: str,
+    title: str,
 ) -> Tensor:
     """[n, D] on the CPU of rank 0, [0, D] on the others: h of every image's evaluation view, in the order of the file.
 
@@ -156,6 +164,7 @@ def representations(
         size=spec.size,
         batch_size=batch_size,
         workers=usable_workers(workers, distributed.local_world_size()),
+        loader=loader,
         device=runtime.device,
     )
     main = distributed.is_main()

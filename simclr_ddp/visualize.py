@@ -61,7 +61,9 @@ def views_page(settings: Pretrain, wanted: Visualize, path: Path) -> Path:
     device, a, size = torch.device("cpu"), settings.data.augmentation, settings.data.size
     dataset = open_dataset(settings.data.train, "train")
     index = np.arange(min(wanted.images, dataset.count))
-    batches = evaluation_batches(dataset, index, size=size, batch_size=len(index), workers=0, device=device)
+    batches = evaluation_batches(
+        dataset, index, size=size, batch_size=len(index), workers=0, loader="torch", device=device
+    )
     columns = [evaluation_images(dataset, a.mean, a.std, torch.float32)(next(batches).inputs)[0]]
     augment = make_augmentation(settings, dataset, Runtime(device, "fp32", torch.get_num_threads()))
     scale = (a.crop_scale[0], a.crop_scale[1])

@@ -29,6 +29,14 @@ def _torch_as_found() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["torch", "ffcv"])
+def loader(request: pytest.FixtureRequest) -> str:
+    """A value of data.loader; each test that takes it runs on both."""
+    if request.param == "ffcv":
+        pytest.importorskip("ffcv", reason="FFCV is not installed: make setup builds it")
+    return request.param
+
+
 def write_images(folder: Path, count: int, size: int = 20, classes: int = 2, seed: int = 0) -> Path:
     """An image folder of class subfolders: smooth random pictures, so that JPEG keeps them, of unequal sizes."""
     generator = np.random.default_rng(seed)

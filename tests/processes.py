@@ -21,8 +21,12 @@ def command(module: str, *arguments: str, ranks: int = 1) -> list[str]:
 
 def start(module: str, *arguments: str, ranks: int = 1) -> subprocess.Popen[str]:
     """The command in a process group of its own, with its output kept."""
+    return start_command(command(module, *arguments, ranks=ranks))
+
+
+def start_command(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(module, *arguments, ranks=ranks),
+        arguments,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -48,6 +52,17 @@ def run(module: str, *arguments: str, ranks: int = 1) -> tuple[int, str]:
 def kill_group(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def group(process: subprocess.Popen[str]) -> list[int]:
+    """The pids of those of its process group that have not ended."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, pgid = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:3]
+            if int(pgid) == process.pid and state != "Z":
+                found.append(int(entry.name))
+    return found
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], limit: float = 120) -> None:

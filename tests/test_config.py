@@ -286,7 +286,6 @@ def owner_of(cls: type, key: str) -> type:
 
 READ_OTHERWISE = {
     ("Data", "test"),  # by linear_eval, from the dotted settings of the run it evaluates: "data.test"
-    ("Data", "loader"),  # one choice so far
     ("LinearEval", "train"),  # getattr(settings, split)
     ("LinearEval", "test"),
 }

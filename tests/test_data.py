@@ -1,5 +1,6 @@
 """Which images a rank sees, in which order, cut where: functions of (seed, step) alone."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +13,26 @@ from simclr_ddp.beton import Beton
 from simclr_ddp.crops import crop_boxes, resize_crop
 from simclr_ddp.draws import permutation
 from simclr_ddp.write_dataset import write_dataset
+from tests import processes
 from tests.conftest import write_images
 
 CPU = torch.device("cpu")
 
 
-def batches(images: Path, rank: int, world_size: int, steps: range, workers: int = 0) -> list[data.Batch]:
+def batches(
+    images: Path, rank: int, world_size: int, steps: range, loader: str = "torch", workers: int = 0
+) -> list[data.Batch]:
     dataset = data.open_dataset(str(images), "train")
     share = data.Share(seed=3, global_batch_size=8, rank=rank, world_size=world_size)
-    found = data.training_batches(dataset, share, steps, size=16, crop_scale=(0.2, 1.0), workers=workers, device=CPU)
+    found = data.training_batches(
+        dataset, share, steps, size=16, crop_scale=(0.2, 1.0), workers=workers, loader=loader, device=CPU
+    )
     return list(found)
 
 
-def test_a_batch_is_its_slice_of_the_permutation_and_the_tail_is_dropped(images: Path) -> None:
+def test_a_batch_is_its_slice_of_the_permutation_and_the_tail_is_dropped(images: Path, loader: str) -> None:
     count = Beton(images).count  # 40 images: 5 batches of 8
-    found = batches(images, 0, 1, range(11))
+    found = batches(images, 0, 1, range(11), loader)
     for step, batch in enumerate(found):
         epoch, s = divmod(step, count // 8)
         assert batch.sample.tolist() == permutation(3, epoch, count)[s * 8 : (s + 1) * 8].tolist()
@@ -38,9 +44,9 @@ def test_a_batch_is_its_slice_of_the_permutation_and_the_tail_is_dropped(images:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ranks_and_workers_share_the_batches_of_one(images: Path, world_size: int, workers: int) -> None:
+def test_ranks_and_workers_share_the_batches_of_one(images: Path, loader: str, world_size: int, workers: int) -> None:
     whole = batches(images, 0, 1, range(7))
-    shares = [batches(images, rank, world_size, range(7), workers) for rank in range(world_size)]
+    shares = [batches(images, rank, world_size, range(7), loader, workers) for rank in range(world_size)]
     for step, batch in enumerate(whole):
         for field, dim in (("inputs", 1), ("sample", 0), ("labels", 0)):
             together = torch.cat([getattr(share[step], field) for share in shares], dim)
@@ -48,16 +54,16 @@ def test_ranks_and_workers_share_the_batches_of_one(images: Path, world_size: in
 
 
 @pytest.mark.parametrize("start", [1, 4, 5, 9])
-def test_it_starts_anywhere_as_if_it_had_never_stopped(images: Path, start: int) -> None:
-    unbroken, resumed = batches(images, 1, 2, range(11)), batches(images, 1, 2, range(start, 11))
+def test_it_starts_anywhere_as_if_it_had_never_stopped(images: Path, loader: str, start: int) -> None:
+    unbroken, resumed = batches(images, 1, 2, range(11), loader), batches(images, 1, 2, range(start, 11), loader)
     assert len(resumed) == 11 - start
     for a, b in zip(unbroken[start:], resumed, strict=True):
         assert torch.equal(a.inputs, b.inputs) and torch.equal(a.sample, b.sample)
 
 
-def test_views_are_the_crops_of_the_table(images: Path) -> None:
+def test_views_are_the_crops_of_the_table(images: Path, loader: str) -> None:
     beton = Beton(images)
-    for step, batch in enumerate(batches(images, 0, 1, range(7))):
+    for step, batch in enumerate(batches(images, 0, 1, range(7), loader)):
         index = batch.sample.numpy()
         boxes = crop_boxes(3, step // 5, index, beton.sizes[index], 2, (0.2, 1.0))
         for i, sample in enumerate(index):
@@ -68,14 +74,33 @@ def test_views_are_the_crops_of_the_table(images: Path) -> None:
         assert batch.labels.tolist() == beton.labels[index].tolist()
 
 
-def test_batches_stay_as_they_were(images: Path) -> None:
-    found = batches(images, 0, 1, range(10), workers=1)
-    kept = [batch.inputs.clone() for batch in found]
-    again = batches(images, 0, 1, range(10), workers=1)
+def test_batches_stay_as_they_were(images: Path, loader: str) -> None:
+    dataset, share = data.open_dataset(str(images), "train"), data.Share(3, 8, 0, 1)
+    options = {"size": 16, "crop_scale": (0.2, 1.0), "workers": 1, "loader": loader, "device": CPU}
+    found, kept = [], []
+    for batch in data.training_batches(dataset, share, range(25), **options):
+        found.append(batch)
+        kept.append(batch.inputs.clone())
+    assert all(torch.equal(a, b.inputs) for a, b in zip(kept, found, strict=True)), "memory was used again"
+    again = batches(images, 0, 1, range(25), loader, workers=1)
     assert all(torch.equal(a, b.inputs) for a, b in zip(kept, again, strict=True))
 
 
-def test_a_broken_image_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
+def test_batches_left_open_do_not_keep_the_process(images: Path, loader: str) -> None:
+    script = (
+        "import torch\nfrom simclr_ddp import data\n"
+        f"dataset = data.open_dataset({str(images)!r}, 'train')\n"
+        "batches = data.training_batches(dataset, data.Share(0, 8, 0, 1), range(1000), size=16, crop_scale=(1, 1),\n"
+        f"                                workers=1, loader={loader!r}, device=torch.device('cpu'))\n"
+        "next(batches)\nif LATER: del dataset; batches.throw(ValueError('an error that is kept'))"
+    )
+    for later in (False, True):
+        process = processes.start_command([sys.executable, "-c", script.replace("LATER", str(later))])
+        status, output = processes.finish(process, limit=60)
+        assert (status, "that is kept" in output) == (int(later), later), output
+
+
+def test_a_broken_image_ends_the_run_with_one_sentence(tmp_path: Path, loader: str) -> None:
     write_dataset(str(write_images(tmp_path / "in", 8)), tmp_path / "x.beton")
     content = bytearray((tmp_path / "x.beton").read_bytes())
     start = content.index(b"\xff\xd8\xff")
@@ -83,14 +108,14 @@ def test_a_broken_image_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "x.beton").write_bytes(content)
     for workers in (0, 1):
         with pytest.raises(ValueError, match=r"^image \d of .* can't be decoded") as error:
-            batches(tmp_path / "x.beton", 0, 1, range(1), workers)
+            batches(tmp_path / "x.beton", 0, 1, range(1), loader, workers)
         assert "\n" not in str(error.value)
 
 
-def test_evaluation_sees_each_image_once_in_order(images: Path) -> None:
+def test_evaluation_sees_each_image_once_in_order(images: Path, loader: str) -> None:
     dataset = data.open_dataset(str(images), "test")
     index = np.array([5, 3, 39, 0, 11])
-    found = list(data.evaluation_batches(dataset, index, size=16, batch_size=2, workers=0, device=CPU))
+    found = list(data.evaluation_batches(dataset, index, size=16, batch_size=2, workers=0, loader=loader, device=CPU))
     assert [b.sample.tolist() for b in found] == [[5, 3], [39, 0], [11]]
     beton = Beton(images)
     height, width = beton.sizes[39].tolist()
@@ -107,7 +132,9 @@ def test_spirograph_from_a_file_is_the_generated_set(tmp_path: Path) -> None:
     assert np.array_equal(stored.numbers, generated.numbers[:32])
     assert stored.labels is not None and stored.labels.shape == (32, 4) and not stored.has_classes
     share = data.Share(0, 8, 0, 1)
-    (batch,) = data.training_batches(stored, share, range(1), size=32, crop_scale=(1, 1), workers=0, device=CPU)
+    (batch,) = data.training_batches(
+        stored, share, range(1), size=32, crop_scale=(1, 1), workers=0, loader="auto", device=CPU
+    )
     render = data.training_images(stored, Augmentation(), 0, torch.float64)
     views = render(batch.inputs, 0, batch.sample)
     assert views.shape == (2, 8, 3, 32, 32) and views.dtype == torch.float64

@@ -93,7 +93,7 @@ def test_a_run_is_evaluated_from_end_to_end(
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
 def test_representations_are_those_of_the_whole_image_in_order(
-    trained: Path, files: dict[str, Path], precision: str
+    trained: Path, files: dict[str, Path], loader: str, precision: str
 ) -> None:
     loaded, dataset = load_encoder(trained), open_dataset(str(files["train"]), "train")
     runtime = setup("cpu", precision, 1)
@@ -107,7 +107,14 @@ def test_representations_are_those_of_the_whole_image_in_order(
         with torch.no_grad():
             expected.append(oracle(((pixels.permute(2, 0, 1) / 255.0).double() - mean).div(std)[None])[0])
     h = representations(
-        loaded.encoder, dataset, loaded.spec, runtime, batch_size=7, workers=0, title="the trained encoder"
+        loaded.encoder,
+        dataset,
+        loaded.spec,
+        runtime,
+        batch_size=7,
+        workers=0,
+        loader=loader,
+        title="the trained encoder",
     )
     assert h.dtype == runtime.dtype
     tolerance = {"fp32": 1e-5, "fp64": 1e-6, "bf16": 0.05}[precision]
@@ -117,7 +124,9 @@ def test_representations_are_those_of_the_whole_image_in_order(
 def gathered(run_dir: Path, file: Path, precision: str) -> Tensor:
     runtime = setup("cpu", precision, 1)
     loaded, dataset = load_encoder(run_dir), open_dataset(str(file), "train")
-    return representations(loaded.encoder, dataset, loaded.spec, runtime, batch_size=13, workers=0, title="all")
+    return representations(
+        loaded.encoder, dataset, loaded.spec, runtime, batch_size=13, workers=0, loader="auto", title="all"
+    )
 
 
 def test_any_ranks_give_the_representations_of_one(trained: Path, files: dict[str, Path], ranks: Ranks) -> None:

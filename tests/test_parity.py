@@ -66,12 +66,13 @@ def assert_equal_runs(run_dir: Path, alone: Path, steps: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kernel", "optimizer", "world_sizes"),
+    ("loader", "kernel", "optimizer", "world_sizes"),
     [
-        ("cosine", "lars", (2, 4)),
-        ("concat_sum", "lars", (4,)),
+        ("torch", "cosine", "lars", (2, 4)),
+        ("ffcv", "cosine", "lars", (2, 4)),
+        ("ffcv", "concat_sum", "lars", (4,)),
         *(
-            pytest.param(kernel, optimizer, (2,), marks=pytest.mark.slow)
+            pytest.param("torch", kernel, optimizer, (2,), marks=pytest.mark.slow)
             for kernel, optimizer in (
                 ("gaussian", "sgd"),
                 ("laplacian", "adamw"),
@@ -82,12 +83,14 @@ def assert_equal_runs(run_dir: Path, alone: Path, steps: tuple[int, ...]) -> Non
             )
         ),
     ],
+    indirect=["loader"],
 )
 def test_ten_steps_are_those_of_one_rank(
-    kernel: str, optimizer: str, world_sizes: tuple[int, ...], images: Path, ranks: Ranks, tmp_path: Path
+    loader: str, kernel: str, optimizer: str, world_sizes: tuple[int, ...], images: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
     rate = {"lars": 0.2, "sgd": 0.08, "adamw": 0.003}[optimizer]
     options = [f"loss.kernel={kernel}", f"optim.name={optimizer}", f"optim.base_learning_rate={rate}"]
+    options.append(f"data.loader={loader}")
     for world_size in (1, *world_sizes):
         ranks.run(world_size, train, settings(images, tmp_path / str(world_size), *options))
     first, last = model_at(tmp_path / "1", 1), model_at(tmp_path / "1", STEPS)
@@ -99,13 +102,16 @@ def test_ten_steps_are_those_of_one_rank(
         assert_equal_runs(tmp_path / str(world_size), tmp_path / "1", (1, STEPS))
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(images: Path, ranks: Ranks, tmp_path: Path) -> None:
-    ranks.run(1, train, settings(images, tmp_path / "1"))
-    ranks.run(2, train, settings(images, tmp_path / "2"))
+def test_a_run_goes_on_with_another_number_of_ranks_and_the_other_loader(
+    images: Path, ranks: Ranks, loader: str, tmp_path: Path
+) -> None:
+    other = {"torch": "auto", "ffcv": "torch"}[loader]
+    ranks.run(1, train, settings(images, tmp_path / "1", "data.loader=torch"))
+    ranks.run(2, train, settings(images, tmp_path / "2", f"data.loader={other}"))
     (tmp_path / "4" / "checkpoints").mkdir(parents=True)
     shutil.copy(tmp_path / "2" / "metrics.jsonl", tmp_path / "4")
     shutil.copy(tmp_path / "2" / "checkpoints" / "step-00000005.pt", tmp_path / "4" / "checkpoints")
-    ranks.run(4, train, settings(images, tmp_path / "4"))
+    ranks.run(4, train, settings(images, tmp_path / "4", f"data.loader={loader}"))
     assert_equal_runs(tmp_path / "4", tmp_path / "1", (STEPS,))
 
 

@@ -67,9 +67,20 @@ def assert_same_run(run_dir: Path, unbroken: Path) -> None:
     assert not list((run_dir / "checkpoints").glob(".*")), "a temporary file is left"
 
 
-@pytest.mark.parametrize(("ranks", "precision"), [(4, "fp32"), (1, "bf16"), (1, "fp16")])
-def test_killed_and_started_again_ends_bitwise_equal(ranks: int, precision: str, images: Path, tmp_path: Path) -> None:
-    options = [f"precision={precision}"]
+@pytest.mark.parametrize(
+    ("loader", "ranks", "precision"),
+    [
+        ("ffcv", 4, "fp32"),
+        ("torch", 1, "bf16"),
+        pytest.param("torch", 4, "fp32", marks=pytest.mark.slow),
+        pytest.param("ffcv", 1, "fp16", marks=pytest.mark.slow),
+    ],
+    indirect=["loader"],
+)
+def test_killed_and_started_again_ends_bitwise_equal(
+    loader: str, ranks: int, precision: str, images: Path, tmp_path: Path
+) -> None:
+    options = [f"precision={precision}", f"data.loader={loader}"]
     status, output = processes.run(
         "simclr_ddp.pretrain", *settings(images, tmp_path / "unbroken", *options), ranks=ranks
     )
@@ -87,11 +98,17 @@ def test_killed_and_started_again_ends_bitwise_equal(ranks: int, precision: str,
     assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
 
 
-def test_sigterm_saves_and_pauses_and_the_same_command_goes_on(images: Path, tmp_path: Path) -> None:
-    arguments = settings(images, tmp_path / "run", "checkpoint.every_steps=0")
+def test_sigterm_saves_and_pauses_and_the_same_command_goes_on(images: Path, loader: str, tmp_path: Path) -> None:
+    arguments = settings(images, tmp_path / "run", "checkpoint.every_steps=0", f"data.loader={loader}")
     process = processes.start("simclr_ddp.pretrain", *arguments)
     processes.wait_for_step(tmp_path / "run", 3, process)
+    if loader == "ffcv":  # no memory shared and no other process: neither can be left
+        shared = [line for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines() if "/dev/shm/" in line]
+        assert all(line.endswith("(deleted)") for line in shared), shared
+        assert processes.group(process) == [process.pid]
     process.send_signal(signal.SIGTERM)
+    process.wait(180)
+    assert not processes.group(process), "a decoding process is left"
     status, output = processes.finish(process)
     assert status == pretrain.PAUSED and "paused at step" in output, output
     status, output = processes.run("simclr_ddp.pretrain", *arguments)
@@ -113,7 +130,9 @@ def test_a_signal_to_one_rank_pauses_all_at_the_same_step(images: Path, tmp_path
 
 
 def test_ctrl_c_pauses_although_it_arrives_twice(images: Path, tmp_path: Path) -> None:
-    arguments = settings(images, tmp_path / "run", "optim.steps=400", "checkpoint.every_steps=0", "data.workers=1")
+    arguments = settings(
+        images, tmp_path / "run", "optim.steps=400", "checkpoint.every_steps=0", "data.workers=1", "data.loader=torch"
+    )
     process = processes.start("simclr_ddp.pretrain", *arguments, ranks=2)
     processes.wait_for_step(tmp_path / "run", 3, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: launcher, ranks and decoding processes
@@ -125,7 +144,9 @@ def test_ctrl_c_pauses_although_it_arrives_twice(images: Path, tmp_path: Path) -
 
 
 def test_sigterm_to_the_whole_group_spares_the_decoding_processes(images: Path, tmp_path: Path) -> None:
-    arguments = settings(images, tmp_path / "run", "optim.steps=400", "checkpoint.every_steps=0", "data.workers=1")
+    arguments = settings(
+        images, tmp_path / "run", "optim.steps=400", "checkpoint.every_steps=0", "data.workers=1", "data.loader=torch"
+    )
     process = processes.start("simclr_ddp.pretrain", *arguments)
     processes.wait_for_step(tmp_path / "run", 3, process)
     os.killpg(process.pid, signal.SIGTERM)
@@ -189,7 +210,7 @@ def test_a_resume_does_not_need_the_initial_weights(images: Path, tmp_path: Path
 
 def test_started_again_at_once_after_a_kill(images: Path, tmp_path: Path) -> None:
     """Decoding processes outlive a kill -9 by seconds; they must not hold the run directory."""
-    arguments = settings(images, tmp_path / "run", "data.workers=1")
+    arguments = settings(images, tmp_path / "run", "data.workers=1", "data.loader=torch")
     process = processes.start("simclr_ddp.pretrain", *arguments)
     processes.wait_for_step(tmp_path / "run", 7, process)
     os.kill(process.pid, signal.SIGKILL)

@@ -1,0 +1,250 @@
+"""FFCV's Loader with an operation of our own: an image is decoded once, and all its views are cut from it.
+
+FFCV 1.0.2 opens the file, finds the bytes of a sample and compiles the pipeline. Its epoch threads are not used: they
+hang when anything fails, keep memory for three decoded batches, and hand out buffers that are soon overwritten. Here
+a pool of threads runs the compiled pipeline on parts of a batch, each batch in memory of its own. Crop boxes come with
+the batch, from outside, so nothing random happens here, and the views are those of the torch loader, bit for bit.
+
+This module imports FFCV: `data.usable_loader` says whether it can be.
+"""
+
+import ctypes
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any
+
+import numba.typed
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from simclr_ddp.beton import Beton
+from simclr_ddp.crops import cut_views
+from simclr_ddp.data import PREFETCH
+from simclr_ddp.resample import resize_crop
+
+LEAST_PART = 8  # images a thread takes at once, at least
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """FFCV sets torch's threads for the whole process, when imported and by every Loader; here they stay.
+
+    On import it makes a dictionary of two entries whose compilation takes four seconds; here it gets a plain one.
+    """
+    threads, typed_dictionary = torch.get_num_threads(), numba.typed.Dict
+    numba.typed.Dict = dict
+    try:
+        yield
+    finally:
+        numba.typed.Dict = typed_dictionary
+        torch.set_num_threads(threads)
+
+
+if not version("ffcv").startswith("1.0."):
+    raise ImportError(f"FFCV {version('ffcv')} is installed, but 1.0.2 is known: pip install ffcv==1.0.2")
+
+with _undisturbed():
+    import ffcv._libffcv
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.loader import loader as ffcv_loader
+    from ffcv.memory_managers import OSCacheManager
+
+
+def _c_function(returns: types.Type, *wanted: types.Type) -> Any:
+    """call(address, arguments) in compiled code: the C function at the address, which this process may have elsewhere
+    in its next life, so that the code around the call can be kept on disk."""
+
+    @intrinsic
+    def call(typing_context: Any, address: Any, arguments: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            kind = ir.FunctionType(context.get_value_type(returns), [context.get_value_type(t) for t in wanted])
+            given = cgutils.unpack_tuple(builder, values[1])
+            given = [context.cast(builder, *value) for value in zip(given, arguments.types, wanted, strict=True)]
+            return builder.call(builder.inttoptr(values[0], kind.as_pointer()), given)
+
+        return returns(types.intp, arguments), generate
+
+    return call
+
+
+_int, _address, _long = types.intc, types.intp, types.ulong
+_tj_init = _c_function(_address)
+_tj_header = _c_function(_int, _address, _address, _long, *[_address] * 4)
+_tj_decompress = _c_function(_int, _address, _address, _long, _address, *[_int] * 5)
+_tj_destroy = _c_function(_int, _address)
+# TurboJPEG itself: FFCV's own imdecode takes the fast, less exact DCT and does not tell whether it succeeded.
+_library = ctypes.CDLL(ffcv._libffcv.__file__)
+_TURBOJPEG = np.array(
+    [
+        ctypes.cast(getattr(_library, name), ctypes.c_void_p).value
+        for name in ("tjInitDecompress", "tjDecompressHeader3", "tjDecompress2", "tjDestroy")
+    ],
+    np.int64,
+)
+
+
+@numba.njit(nogil=True, cache=True)
+def _cut(index: Any, memory: Any, metadata: Any, storage: Any) -> None:
+    """Decode the images `index`, and cut from each the views that its boxes say.
+
+    memory    (views, boxes, failed) of `ViewLoader.cut`, and addresses of TurboJPEG's functions
+    metadata  the file's rows: mode, height, width, data_ptr
+    storage   (uint8 all bytes of the file, uint64 pointers, uint64 how many bytes lie there)
+    """
+    views, boxes, failed, functions = memory
+    init, header, decompress, destroy = functions[0], functions[1], functions[2], functions[3]
+    content, pointers, lengths = storage
+    largest = np.int64(0)
+    for sample in index:
+        if metadata[sample]["mode"] == 0:
+            size = 3 * np.int64(metadata[sample]["height"]) * np.int64(metadata[sample]["width"])
+            largest = max(largest, size)
+    decoded = np.empty(largest + 1, np.uint8)  # resize_crop reads a byte more
+    found = np.empty(4, np.int32)  # width, height, subsampling, colour space
+    width_at, pixels_at = found.ctypes.data, decoded.ctypes.data
+    handle = _tj_init(init, ())
+    for i in range(len(index)):
+        row = metadata[index[i]]
+        height, width, pointer = np.int64(row["height"]), np.int64(row["width"]), row["data_ptr"]
+        length = lengths[np.searchsorted(pointers, pointer)]
+        data = content[pointer : pointer + length]
+        image = data
+        if row["mode"] == 0:
+            at = data.ctypes.data
+            failed[i] = (
+                _tj_header(header, (handle, at, length, width_at, width_at + 4, width_at + 8, width_at + 12)) != 0
+                or found[0] != width
+                or found[1] != height
+                or _tj_decompress(decompress, (handle, at, length, pixels_at, width, 3 * width, height, 0, 0)) != 0
+            )
+            image = decoded[: 3 * height * width]
+        if not failed[i]:
+            pixels = image.reshape(height, width, 3)
+            for view in range(boxes.shape[1]):
+                resize_crop(pixels, boxes[i, view], views[i, view])
+    _tj_destroy(destroy, (handle,))
+
+
+class DecodeViews(SimpleRGBImageDecoder):
+    """FFCV operation: image -> uint8 [V, size, size, 3], all views cut from one decoded image.
+
+    Its memory is not FFCV's, but what `ViewLoader.cut` is given. (It is a SimpleRGBImageDecoder since FFCV takes any
+    other operation for a transform, and puts a decoder of its own before it.)
+    """
+
+    def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, None]:
+        return replace(previous_state, jit_mode=True), None
+
+    def generate_code(self) -> Callable:
+        def cut(batch_indices, memory, metadata, storage_state):  # type: ignore[no-untyped-def]
+            return _cut(batch_indices, memory, metadata, storage_state)
+
+        return cut
+
+
+class _LeanCacheManager(OSCacheManager):
+    """FFCV's access to the file by memory mapping, without its tables of pages.
+
+    They serve its own random orders alone, and take 3 s and 600 MB per process for ImageNet.
+    """
+
+    def __init__(self, reader: Any) -> None:
+        self.reader, self.context = reader, None
+        order = np.argsort(reader.alloc_table["ptr"], kind="stable")
+        self.ptrs, self.sizes = reader.alloc_table["ptr"][order], reader.alloc_table["size"][order]
+        self.storage = (np.memmap(reader.file_name, np.uint8, mode="r").view(np.ndarray), self.ptrs, self.sizes)
+
+    def compile_reader(self) -> None:
+        """Nothing: `_cut` reads by itself."""
+
+
+class ViewLoader(ffcv_loader.Loader):
+    """FFCV's Loader of a file, with `DecodeViews` as the pipeline of its images; other fields are not read."""
+
+    def __init__(self, images: Beton) -> None:
+        pipelines = dict.fromkeys(images.fields) | {"image": [DecodeViews()]}
+        with _undisturbed():
+            whole, ffcv_loader.OSCacheManager = ffcv_loader.OSCacheManager, _LeanCacheManager
+            try:
+                super().__init__(str(images.path), 1, num_workers=1, os_cache=True, pipelines=pipelines, seed=0)
+            finally:
+                ffcv_loader.OSCacheManager = whole
+        stages, _ = self.code
+        self._stage = stages[0][0]
+        (self._node,) = self.graph.collect_requirements()[0]["operation"]
+
+    def __iter__(self) -> Iterator[Any]:
+        raise TypeError("FFCV's own epochs know no crop boxes: read_views gives the batches")
+
+    def cut(self, index: np.ndarray, boxes: np.ndarray, views: np.ndarray, failed: np.ndarray) -> None:
+        """Run the compiled pipeline: write the views [B, V, size, size, 3] of the samples `index` int64 [B].
+
+        boxes   int32 [B, V, 4]
+        failed  bool [B], false; made true where the image could not be decoded, and no view was written
+
+        Any number of threads may do so at the same time; Python's lock is not held.
+        """
+        memory = {f"memory_{self._node}": (views, boxes, failed, _TURBOJPEG), f"shared_memory_{self._node}": None}
+        self._stage(
+            batch_indices=index, metadata=self.reader.metadata, storage_state=self.memory_manager.storage, **memory
+        )
+
+
+_opened = lru_cache(maxsize=4)(ViewLoader)  # compiled once for all who read an open file
+
+
+@dataclass
+class _Batch:
+    index: np.ndarray
+    boxes: np.ndarray
+    views: Tensor
+    failed: np.ndarray
+    parts: list[Future]
+
+
+def read_views(
+    images: Beton, size: int, cuts: Iterable[tuple[np.ndarray, np.ndarray]], threads: int, pinned: bool = False
+) -> Generator[Tensor, None, None]:
+    """uint8 [B, V, size, size, 3] for each (index int64 [B], boxes int32 [B, V, 4]) of `cuts`, in order.
+
+    `threads` work on the batches that come next, PREFETCH of them at most, while one is used. What a thread
+    raises is raised here. An image that TurboJPEG complains about is given to Pillow, as in the torch loader: raises
+    ValueError with one sentence if that can't decode it either. Closed, the threads have ended.
+    """
+    loader, threads = _opened(images), max(1, threads)
+    pool = ThreadPoolExecutor(threads, "decode")
+    waiting: deque[_Batch] = deque()
+
+    def begin(index: np.ndarray, boxes: np.ndarray) -> _Batch:
+        views = torch.empty(len(index), boxes.shape[1], size, size, 3, dtype=torch.uint8, pin_memory=pinned)
+        failed, out = np.zeros(len(index), bool), views.numpy()
+        length = max(LEAST_PART, -(-len(index) // (2 * threads)))
+        parts = [slice(i, i + length) for i in range(0, len(index), length)]
+        futures = [pool.submit(loader.cut, index[p], boxes[p], out[p], failed[p]) for p in parts]
+        return _Batch(index, boxes, views, failed, futures)
+
+    def end(batch: _Batch) -> Tensor:
+        for part in batch.parts:
+            part.result()
+        for i in np.flatnonzero(batch.failed):
+            batch.views[i] = torch.from_numpy(cut_views(images, int(batch.index[i]), batch.boxes[i], size))
+        return batch.views
+
+    try:
+        for index, boxes in cuts:
+            waiting.append(begin(index, boxes))
+            if len(waiting) > PREFETCH:
+                yield end(waiting.popleft())
+        while waiting:
+            yield end(waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)

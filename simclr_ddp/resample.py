@@ -1,0 +1,138 @@
+"""Crop and resize as `crops.resize_crop` does it with Pillow, bit for bit, in compiled code for FFCV's pipeline.
+
+Pillow's bilinear filter in 8-bit fixed point: a triangle as wide as the reduction, weights of 22 bits, first along the
+rows, then along the columns, each result rounded to 8 bits. (Pillow 13 takes the columns first in tall images, older
+versions never do; `resize_crop` makes it do one after the other.) The pass along the rows is where the time goes; it
+is written as vector instructions, eight lanes of two rows and four bytes: 0.13 ms instead of 0.5 ms from 310 x 310 to
+224 x 224 pixels.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+BITS = 22  # of a weight's fraction
+HALF = 1 << (BITS - 1)
+
+
+@njit(nogil=True, cache=True)
+def _weights(start: int, extent: int, length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What to mix into each of `size` output pixels from [start, start + extent) of a row of `length` pixels.
+
+    first, count  int64 [size]        the pixels taken
+    weight        int32 [size, taps]  in units of 2^-22
+    """
+    scale = extent / size
+    support = max(scale, 1.0)
+    first, count = np.empty(size, np.int64), np.empty(size, np.int64)
+    weight = np.zeros((size, int(np.ceil(support)) * 2 + 1), np.int32)
+    triangle = np.empty(weight.shape[1])
+    for x in range(size):
+        centre = start + (x + 0.5) * scale
+        low, high = max(0, int(centre - support + 0.5)), min(length, int(centre + support + 0.5))
+        total = 0.0
+        for t in range(high - low):
+            distance = abs((t + low - centre + 0.5) * (1.0 / support))
+            triangle[t] = 1.0 - distance if distance < 1.0 else 0.0
+            total += triangle[t]
+        for t in range(high - low):
+            weight[x, t] = int(0.5 + triangle[t] * (1.0 / total) * (1 << BITS))
+        first[x], count[x] = low, high - low
+    return first, count, weight
+
+
+@intrinsic
+def _mix_two_rows(
+    typing_context: Any, source: Any, pitch: Any, weights: Any, taps: Any, target: Any, target_pitch: Any
+) -> Any:
+    """At the address `target` and `target_pitch` bytes on: the sum of weights[t] * the pixel t of each of two rows.
+
+    The rows begin at `source` and `pitch` bytes on. Four bytes are read and written for a pixel of three.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, pitch, weights, taps, target, target_pitch = arguments
+        byte, word = ir.IntType(8), ir.IntType(32)
+        four, eight, lanes = ir.VectorType(byte, 4), ir.VectorType(byte, 8), ir.VectorType(word, 8)
+
+        def constant(values: list[int]) -> ir.Constant:
+            return ir.Constant(ir.VectorType(word, len(values)), values)
+
+        def load_pixel(address: Any) -> Any:
+            return builder.load(builder.inttoptr(address, four.as_pointer()), align=1)
+
+        undefined = ir.Constant(lanes, ir.Undefined)
+        weight_at = builder.inttoptr(weights, word.as_pointer())
+        total = cgutils.alloca_once_value(builder, constant([HALF] * 8))
+        with cgutils.for_range(builder, taps) as loop:
+            at = builder.add(source, builder.mul(loop.index, ir.Constant(loop.index.type, 3)))
+            pixels = builder.shuffle_vector(
+                load_pixel(at), load_pixel(builder.add(at, pitch)), constant([0, 1, 2, 3, 4, 5, 6, 7])
+            )
+            weight = builder.load(builder.gep(weight_at, [loop.index]))
+            weight = builder.insert_element(undefined, weight, ir.Constant(word, 0))
+            weight = builder.shuffle_vector(weight, undefined, constant([0] * 8))
+            product = builder.mul(builder.zext(pixels, lanes), weight)
+            builder.store(builder.add(builder.load(total), product), total)
+        mixed = builder.trunc(builder.lshr(builder.load(total), constant([BITS] * 8)), eight)
+        for row, address in enumerate((target, builder.add(target, target_pitch))):
+            pixel = builder.shuffle_vector(
+                mixed, ir.Constant(eight, ir.Undefined), constant([4 * row + i for i in range(4)])
+            )
+            builder.store(pixel, builder.inttoptr(address, four.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 6), generate
+
+
+@njit(nogil=True, cache=True)
+def _along_rows(image: np.ndarray, start: int, extent: int, size: int) -> np.ndarray:
+    """uint8 [H, 3 size + 1]: each row's pixels [start, start + extent) resized to `size`, and a byte of padding."""
+    height, width, _ = image.shape
+    first, count, weight = _weights(start, extent, width, size)
+    out = np.empty((height, 3 * size + 1), np.uint8)
+    pitch, out_pitch, weight_pitch = 3 * width, 3 * size + 1, 4 * weight.shape[1]
+    for pair in range(0, height, 2):
+        row = max(0, min(pair, height - 2))  # an odd last row is done with the one before
+        step = int(height > 1)
+        source, target = image.ctypes.data + row * pitch, out.ctypes.data + row * out_pitch
+        for x in range(size):
+            _mix_two_rows(  # type: ignore[call-arg]
+                source + 3 * first[x],
+                step * pitch,
+                weight.ctypes.data + x * weight_pitch,
+                count[x],
+                target + 3 * x,
+                step * out_pitch,
+            )
+    return out
+
+
+@njit(nogil=True, cache=True)
+def resize_crop(image: np.ndarray, box: np.ndarray, out: np.ndarray) -> None:
+    """Write into `out` what `crops.resize_crop` returns.
+
+    image  uint8 [H, W, 3], contiguous; one byte behind its last is read, and must be readable
+    box    int [4]: top, left, height, width
+    out    uint8 [size, size, 3], contiguous
+    """
+    size = out.shape[0]
+    top, left, height, width = box[0], box[1], box[2], box[3]
+    margin = int(np.ceil(max(height / size, 1.0))) + 1
+    above, below = max(0, top - margin), min(image.shape[0], top + height + margin)
+    rows = _along_rows(image[above:below], left, width, size)
+    first, count, weight = _weights(top - above, height, below - above, size)
+    total = np.empty(3 * size, np.int32)
+    for y in range(size):
+        total[:] = HALF
+        for t in range(count[y]):
+            row, w = rows[first[y] + t], weight[y, t]
+            for j in range(3 * size):
+                total[j] += np.int32(row[j]) * w
+        target = out[y].reshape(3 * size)
+        for j in range(3 * size):
+            target[j] = total[j] >> BITS
