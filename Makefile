@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 # "system" for the installed one; a folder such as $CONDA_PREFIX; "no" for no FFCV.
 FFCV ?=
 
-.PHONY: demo test test-slow test-all check format setup lock clean
+.PHONY: demo test test-slow test-all check format setup peers lock clean
 
 demo: setup
 	.venv/bin/python -m launch.demo
@@ -33,9 +33,14 @@ format: setup
 setup:
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" FFCV="$(FFCV)" tools/setup
 
+# Other tools that `python -m benchmarks.step` is measured beside, into .peers, where nothing else looks.
+peers: setup
+	.venv/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --target .peers --no-deps \
+		-r benchmarks/peers.txt
+
 # Writes requirements.lock anew from the newest versions that setup.cfg allows.
 lock:
 	@PYTHON="$(PYTHON)" tools/lock
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,236 @@
+"""`python -m benchmarks.step` end to end on small settings, and that it refuses to measure another training."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks import loops, peers, step, step_report
+from benchmarks.loops import PARTS
+from simclr_ddp import config, distributed, pretrain
+from simclr_ddp.config import Pretrain
+from simclr_ddp.data import open_dataset
+from simclr_ddp.info_nce import KernelInfoNCE
+from simclr_ddp.pretrain import make_batches
+from simclr_ddp.run import make_plan
+from simclr_ddp.runtime import Runtime
+from simclr_ddp.state import State
+from tests.ranks import Ranks
+
+TINY = (
+    "device=cpu",
+    "threads=1",
+    "precision=fp32",
+    "optim.global_batch_size=8",
+    "model.width=0.0625",
+    "data.workers=0",
+    "data.loader=torch",
+)
+CPU = Runtime(torch.device("cpu"), "fp32", 1)
+
+
+def tiny(**more: Any) -> Pretrain:
+    pairs = dict(option.split("=") for option in TINY)
+    return config.build(Pretrain, [("the test", pairs | more)])
+
+
+def run(*arguments: str, out: Path) -> tuple[int, dict[str, Any]]:
+    status = step.main([*TINY, *arguments, "--ranks=1", "--rounds=2", "--steps", "2", f"--out={out}"])
+    files = list(out.glob("*.json"))
+    return status, json.loads(files[0].read_text()) if files else {}
+
+
+@pytest.fixture(scope="module")
+def spirograph(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Results of the command on the generated set, its figure checked."""
+    folder = tmp_path_factory.mktemp("step")
+    status, results = run(out=folder)
+    assert status == 0
+    (figure,) = folder.glob("*.png")
+    assert figure.name == "spirograph-cpu.png" and 5_000 < figure.stat().st_size < 300_000
+    with Image.open(figure) as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
+    return results
+
+
+def test_the_json_holds_everything(spirograph: dict[str, Any]) -> None:
+    assert spirograph.keys() == {"command", "date", "settings", "runs"}
+    (one,) = spirograph["runs"]
+    variants = {"model only", "synthetic", "data", "plain"} | ({"lightly"} if peers.lightly_version() else set())
+    assert one["seconds_per_step"].keys() == variants
+    assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in one["seconds_per_step"].values())
+    assert one["ranks"] == 1 and one["rounds"] == 2 and one["global_batch_size"] == 8
+    assert len(one["peak_memory_bytes"]) == 1 and one["peak_memory_bytes"][0] > 50e6
+    assert one["environment"].keys() >= {"git_commit", "packages", "processor", "cores", "gpu", "threads"}
+    assert "bitwise" in one["checks"][0] and len(one["checks"]) == len(variants) - 2
+    assert one["data"] == "spirograph-train-10000" and spirograph["settings"]["model"]["width"] == 0.0625
+    for figures in one["summary"]["variants"].values():
+        low, middle, high = figures["images_per_second"]
+        assert low <= middle <= high and figures["views_per_second"][1] == pytest.approx(2 * middle)
+    assert one["summary"]["variants"]["model only"]["share_of_model_only"] == [1, 1, 1]
+
+
+def test_the_parts_are_those_of_a_step(spirograph: dict[str, Any]) -> None:
+    (one,) = spirograph["runs"]
+    for parts in one["parts_seconds"]:
+        assert tuple(parts) == PARTS
+        assert parts["reduction"] == 0, "there is one rank"
+        assert all(parts[name] > 0 for name in PARTS if name != "reduction")
+    summary = one["summary"]
+    assert summary["parts_sum_seconds"] == pytest.approx(sum(summary["parts_seconds"].values()))
+
+
+def test_the_table(spirograph: dict[str, Any], tmp_path: Path) -> None:
+    two = spirograph["runs"][0] | {"ranks": 2, "peak_memory_bytes": [2**20, 2**21]}
+    results = spirograph | {"runs": [*spirograph["runs"], two]}
+    text = step_report.table(results)
+    for expected in ("1 rank x 8 images", "2 ranks x 4 images", "model only", "synthetic", "plain", "1, 2 MiB", *PARTS):
+        assert expected in text
+    assert "instrumented pass" in text and "of the uninstrumented step" in text
+    assert max(map(len, text.splitlines())) < 220
+    step_report.draw(results, tmp_path / "two.png")
+    assert (tmp_path / "two.png").stat().st_size < 300_000
+
+
+def test_a_missing_file_leaves_the_figures_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, results = run(f"data.train={tmp_path / 'nowhere.beton'}", "data.size=16", out=tmp_path)
+    assert status == 0 and "nowhere.beton is not there" in capsys.readouterr().out
+    (one,) = results["runs"]
+    assert one["seconds_per_step"].keys() == {"model only", "synthetic"} and one["data"] is None
+
+
+def test_images_and_a_kernel_that_the_other_tools_lack(images: Path, tmp_path: Path) -> None:
+    status, results = run(f"data.train={images}", "data.size=16", "loss.kernel=laplacian", out=tmp_path)
+    (one,) = results["runs"]
+    assert status == 0 and one["seconds_per_step"].keys() == {"model only", "synthetic", "data"}
+    assert any("loss.kernel=laplacian" in note for note in one["notes"])
+
+
+def test_another_training_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loops, "set_learning_rate", lambda optimizer, rate: None)
+    status, results = run(out=tmp_path)
+    assert status == 2 and not results
+    assert "differs from simclr_ddp.pretrain's" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def nudge(tensor: Tensor) -> None:
+    """Move the last number of a vector by one unit in the last place."""
+    last = tensor[-1:]
+    last.copy_(torch.nextafter(last, last + 1))
+
+
+def test_the_check_sees_a_single_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, dataset = tiny(), open_dataset("spirograph", "train")
+    buffers: list[Callable[[State], Tensor]] = [
+        lambda state: list(state.model.parameters())[-1],
+        lambda state: state.optimizer.state[state.optimizer.param_groups[1]["params"][0]]["momentum_buffer"],
+    ]
+    for of in buffers:
+
+        def train_and_nudge(*arguments: Any, of: Callable[[State], Tensor] = of) -> int:
+            status = pretrain.train(*arguments)
+            nudge(of(arguments[4]))
+            return status
+
+        monkeypatch.setattr(loops, "train", train_and_nudge)
+        with pytest.raises(ValueError, match="differs from simclr_ddp"):
+            loops.check_training(settings, CPU, dataset)
+    monkeypatch.undo()
+    assert "bitwise" in loops.check_training(settings, CPU, dataset)
+
+
+def test_another_loss_is_not_compared() -> None:
+    objective = KernelInfoNCE("cosine", 0.5)
+    assert "is ours" in peers.check_loss("this", peers.plain_loss(0.5), objective, CPU)
+    with pytest.raises(ValueError, match="the loss of that is"):
+        peers.check_loss("that", peers.plain_loss(0.501), objective, CPU)
+
+
+def losses_and_gradients(temperature: float) -> list[Tensor]:
+    """Of every loss the mean over ranks, and its gradient after the mean that DistributedDataParallel takes."""
+    found = []
+    losses = [KernelInfoNCE("cosine", temperature), peers.plain_loss(temperature)]
+    if peers.lightly_version():
+        losses.append(peers.lightly_loss(tiny(**{"loss.temperature": temperature})))
+    for loss in losses:
+        torch.manual_seed(0)
+        weight = torch.randn(16, 16, dtype=torch.float64, requires_grad=True)
+        y = torch.randn(2, 8, 16, dtype=torch.float64)[:, distributed.own_slice(8)] @ weight
+        value = loss(y[0], y[1])
+        value.backward()
+        assert weight.grad is not None
+        found.append(torch.cat([value.detach()[None], weight.grad.flatten()]))
+        found[-1] = distributed.all_sum(found[-1]) / distributed.world_size()
+    return found
+
+
+def test_the_other_tools_losses_have_our_gradients(ranks: Ranks) -> None:
+    one = losses_and_gradients(0.5)[0]
+    for found in [losses_and_gradients(0.5), *ranks.run(2, losses_and_gradients, 0.5)]:
+        for vector in found:
+            assert torch.allclose(vector, one, rtol=1e-6, atol=1e-9)
+
+
+def check_and_reduce() -> tuple[str, float, bool]:
+    """The check on these ranks; seconds of the reduction; whether the ranks' weights still agree after it."""
+    settings = tiny()
+    dataset = open_dataset("spirograph", "train")
+    sentence = loops.check_training(settings, CPU, dataset)
+    training = loops.Training(settings, CPU, dataset, make_plan(settings, dataset))
+    batches = make_batches(settings, dataset, CPU.device, range(3))
+    here = next(batches)
+    seconds = training.reduction(here, 2)
+    training.step(step.endless(here))
+    weights = torch.cat([p.detach().flatten() for p in training.state.model.parameters()])
+    return sentence, seconds, torch.equal(distributed.all_sum(weights.clone()), 2 * weights)
+
+
+def test_two_ranks_compute_what_training_computes(ranks: Ranks) -> None:
+    for sentence, seconds, equal in ranks.run(2, check_and_reduce):
+        assert "bitwise" in sentence and seconds >= 0 and equal
+
+
+def test_the_model_of_the_other_tools_is_ours_with_torchs_batch_norm() -> None:
+    state = State(tiny(), CPU, open_dataset("spirograph", "train"))
+    model = peers.with_torch_batch_norm(state.model, CPU.device)
+    views = torch.rand(2, 4, 3, 32, 32)
+    assert torch.allclose(model(views).y, state.model(views).y, atol=1e-6)
+    kinds = {type(module) for module in model.modules()}
+    assert nn.BatchNorm2d in kinds and nn.BatchNorm1d in kinds and distributed.CrossRankBatchNorm not in kinds
+
+
+def test_lightly_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightly.loss", None)
+    assert peers.lightly_version() is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--ranks", "3"], "does not divide among 3 ranks"),
+        (["--ranks=0"], "--ranks 0: numbers of at least 1"),
+        (["--rounds", "many"], "--rounds many: numbers of at least 1"),
+        (["--steps"], "--steps : numbers of at least 1"),
+        (["--round=1"], "unknown flag --round=1"),
+        (["data.train=."], "is a folder"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert step.main([*TINY, "--ranks=1", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+def test_ranks_by_default_are_powers_of_two_that_divide_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "cores", lambda: 6)
+    assert step.default_ranks(tiny()) == [1, 2, 4]
+    assert step.default_ranks(tiny(**{"optim.global_batch_size": 6})) == [1, 2]
