@@ -21,15 +21,12 @@ from typing import Any
 import numba.typed
 import numpy as np
 import torch
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from simclr_ddp.beton import Beton
 from simclr_ddp.crops import cut_views
 from simclr_ddp.data import PREFETCH
-from simclr_ddp.resample import resize_crop
+from simclr_ddp.decode import TURBOJPEG, cut_views_of
 
 LEAST_PART = 8  # images a thread takes at once, at least
 
@@ -59,79 +56,12 @@ with _undisturbed():
     from ffcv.memory_managers import OSCacheManager
 
 
-def _c_function(returns: types.Type, *wanted: types.Type) -> Any:
-    """call(address, arguments) in compiled code: the C function at the address, which this process may have elsewhere
-    in its next life, so that the code around the call can be kept on disk."""
-
-    @intrinsic
-    def call(typing_context: Any, address: Any, arguments: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            kind = ir.FunctionType(context.get_value_type(returns), [context.get_value_type(t) for t in wanted])
-            given = cgutils.unpack_tuple(builder, values[1])
-            given = [context.cast(builder, *value) for value in zip(given, arguments.types, wanted, strict=True)]
-            return builder.call(builder.inttoptr(values[0], kind.as_pointer()), given)
-
-        return returns(types.intp, arguments), generate
-
-    return call
-
-
-_int, _address, _long = types.intc, types.intp, types.ulong
-_tj_init = _c_function(_address)
-_tj_header = _c_function(_int, _address, _address, _long, *[_address] * 4)
-_tj_decompress = _c_function(_int, _address, _address, _long, _address, *[_int] * 5)
-_tj_destroy = _c_function(_int, _address)
 # TurboJPEG itself: FFCV's own imdecode takes the fast, less exact DCT and does not tell whether it succeeded.
 _library = ctypes.CDLL(ffcv._libffcv.__file__)
 _TURBOJPEG = np.array(
-    [
-        ctypes.cast(getattr(_library, name), ctypes.c_void_p).value
-        for name in ("tjInitDecompress", "tjDecompressHeader3", "tjDecompress2", "tjDestroy")
-    ],
+    [ctypes.cast(getattr(_library, name), ctypes.c_void_p).value for name in TURBOJPEG],
     np.int64,
 )
-
-
-@numba.njit(nogil=True, cache=True)
-def _cut(index: Any, memory: Any, metadata: Any, storage: Any) -> None:
-    """Decode the images `index`, and cut from each the views that its boxes say.
-
-    memory    (views, boxes, failed) of `ViewLoader.cut`, and addresses of TurboJPEG's functions
-    metadata  the file's rows: mode, height, width, data_ptr
-    storage   (uint8 all bytes of the file, uint64 pointers, uint64 how many bytes lie there)
-    """
-    views, boxes, failed, functions = memory
-    init, header, decompress, destroy = functions[0], functions[1], functions[2], functions[3]
-    content, pointers, lengths = storage
-    largest = np.int64(0)
-    for sample in index:
-        if metadata[sample]["mode"] == 0:
-            size = 3 * np.int64(metadata[sample]["height"]) * np.int64(metadata[sample]["width"])
-            largest = max(largest, size)
-    decoded = np.empty(largest + 1, np.uint8)  # resize_crop reads a byte more
-    found = np.empty(4, np.int32)  # width, height, subsampling, colour space
-    width_at, pixels_at = found.ctypes.data, decoded.ctypes.data
-    handle = _tj_init(init, ())
-    for i in range(len(index)):
-        row = metadata[index[i]]
-        height, width, pointer = np.int64(row["height"]), np.int64(row["width"]), row["data_ptr"]
-        length = lengths[np.searchsorted(pointers, pointer)]
-        data = content[pointer : pointer + length]
-        image = data
-        if row["mode"] == 0:
-            at = data.ctypes.data
-            failed[i] = (
-                _tj_header(header, (handle, at, length, width_at, width_at + 4, width_at + 8, width_at + 12)) != 0
-                or found[0] != width
-                or found[1] != height
-                or _tj_decompress(decompress, (handle, at, length, pixels_at, width, 3 * width, height, 0, 0)) != 0
-            )
-            image = decoded[: 3 * height * width]
-        if not failed[i]:
-            pixels = image.reshape(height, width, 3)
-            for view in range(boxes.shape[1]):
-                resize_crop(pixels, boxes[i, view], views[i, view])
-    _tj_destroy(destroy, (handle,))
 
 
 class DecodeViews(SimpleRGBImageDecoder):
@@ -146,7 +76,7 @@ class DecodeViews(SimpleRGBImageDecoder):
 
     def generate_code(self) -> Callable:
         def cut(batch_indices, memory, metadata, storage_state):  # type: ignore[no-untyped-def]
-            return _cut(batch_indices, memory, metadata, storage_state)
+            cut_views_of(batch_indices, memory, metadata, storage_state)
 
         return cut
 
@@ -164,7 +94,7 @@ class _LeanCacheManager(OSCacheManager):
         self.storage = (np.memmap(reader.file_name, np.uint8, mode="r").view(np.ndarray), self.ptrs, self.sizes)
 
     def compile_reader(self) -> None:
-        """Nothing: `_cut` reads by itself."""
+        """Nothing: `cut_views_of` reads by itself."""
 
 
 class ViewLoader(ffcv_loader.Loader):

@@ -23,7 +23,7 @@ from simclr_ddp.write_dataset import write_dataset
 from tests import processes
 
 pytest.importorskip("ffcv", reason="FFCV is not installed: make setup builds it")
-from simclr_ddp import ffcv_loader, resample
+from simclr_ddp import decode, ffcv_loader
 
 ARCHIVES = Path(os.environ.get("SIMCLR_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -62,7 +62,7 @@ def test_the_resizer_has_pillows_bits(draw: st.DataObject, height: int, width: i
     content = np.random.default_rng(height * width).integers(0, 256, height * width * 3 + 1, dtype=np.uint8)
     image = content[:-1].reshape(height, width, 3)
     out = np.zeros((size, size, 3), np.uint8)
-    resample.resize_crop(image, np.array(corner + box, np.int32), out)
+    decode.resize_crop(image, np.array(corner + box, np.int32), out)
     assert np.array_equal(out, resize_crop(Image.fromarray(image), np.array(corner + box), size))
 
 
