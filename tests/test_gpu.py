@@ -2,13 +2,14 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from simclr_ddp import KernelInfoNCE
+from simclr_ddp import KernelInfoNCE, data
 from simclr_ddp.distributed import CrossRankBatchNorm
 from simclr_ddp.optim import make_optimizer, set_learning_rate
 from tests import processes
@@ -37,6 +38,23 @@ def test_killed_and_resumed_on_the_gpu_is_bitwise_equal(precision: str, images: 
     status, output = processes.run("simclr_ddp.pretrain", *cuda_settings(images, tmp_path / "killed", option))
     assert status == 0, output
     assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
+
+
+def test_batches_reach_a_busy_gpu_as_they_are(images: Path, loader: str) -> None:
+    """Their copies wait behind other work while the next batches are decoded."""
+
+    def batches(device: str) -> Iterator[data.Batch]:
+        dataset, share = data.open_dataset(str(images), "train"), data.Share(0, 8, 0, 1)
+        options = {"size": 16, "crop_scale": (0.2, 1.0), "workers": 2, "loader": loader}
+        return data.training_batches(dataset, share, range(50), device=torch.device(device), **options)
+
+    busy, found = torch.randn(4096, 4096, device="cuda"), []
+    for batch in batches("cuda"):
+        found.append(batch.inputs)
+        for _ in range(4):
+            busy = busy @ busy / 64
+    for ours, wanted in zip(found, batches("cpu"), strict=True):
+        assert torch.equal(ours.cpu(), wanted.inputs)
 
 
 @pytest.mark.parametrize("kernel", ["cosine", "laplacian", "simple_sum", "concat_sum", "arccos", "spectral"])

@@ -1,8 +1,8 @@
 """Everything that only a GPU can show, in one command: `python -m benchmarks.gpu.suite [OUT.json]`
 
-Stages: the tests marked gpu, and a short training run on every GPU of this machine. The results, with hardware and
-versions, go to OUT.json, by default benchmarks/results/gpu_suite_<GPU>.json. Exit status 1 if a stage failed; the
-later stages run all the same.
+Stages: the tests marked gpu, a short training run on every GPU of this machine, and benchmarks.step on them. The
+results, with hardware and versions, go to OUT.json, by default benchmarks/results/gpu_suite_<GPU>.json. Exit status 1
+if a stage failed; the later stages run all the same.
 """
 
 import json
@@ -37,6 +37,7 @@ def main() -> int:
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "tests": gpu_tests,
         "training": lambda: training(ranks, "optim.steps=300", "log.every_steps=20"),
+        "step": lambda: step(ranks, "--rounds=5", "optim.global_batch_size=4096", "model.width=1"),
     }
     for name, stage in stages.items():
         print(f"stage {name} ...", flush=True)
@@ -96,6 +97,27 @@ def training(ranks: int, *overrides: str) -> dict[str, Any]:
         "images_per_second": {"median": median(rates), "least": min(rates), "most": max(rates)},
         "data_wait_fraction": median(line["data_wait_fraction"] for line in lines),
         "peak_memory_bytes": max(line["peak_memory_bytes"] for line in lines),
+    }
+
+
+def step(ranks: int, *arguments: str) -> dict[str, Any]:
+    """benchmarks.step: seconds of a step of each variant and of its parts, medians of the rounds, and memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.step", f"--ranks={ranks}", f"--out={folder}", *arguments]
+        passed, output = run(command)
+        written = list(Path(folder).glob("*.json"))
+        if not passed or not written:
+            return {"passed": False, "output": output}
+        measured = json.loads(written[0].read_text())["runs"][0]
+    parts = {part: median(split[part] for split in measured["parts_seconds"]) for part in measured["parts_seconds"][0]}
+    return {
+        "passed": True,
+        "ranks": ranks,
+        "arguments": list(arguments),
+        "seconds_per_step": {name: median(seconds) for name, seconds in measured["seconds_per_step"].items()},
+        "parts_seconds": parts,
+        "peak_memory_bytes": max(measured["peak_memory_bytes"]),
+        "checks": measured["checks"],
     }
 
 
