@@ -6,7 +6,6 @@ from contextlib import closing, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
@@ -75,7 +74,7 @@ class Training:
         return found
 
     def step(self, batches: Generator[Batch, None, None], mark: Callable[[str], None] = _unmarked) -> None:
-        """One update, on the next of the batches; `mark` is told of each part that ends."""
+        """One update, on the next of the batches; `mark` is told of each part that ends, and has them one by one."""
         step, plan, state = self.done, self.plan, self.state
         epoch, last_of_epoch = step // plan.steps_per_epoch, (step + 1) % plan.steps_per_epoch == 0
         due = (step + 1) % self.settings.log.every_steps == 0 or last_of_epoch or step + 1 == plan.total_steps
@@ -85,17 +84,22 @@ class Training:
             inputs, sample, labels = next(batches)
         mark("data wait")
 
-        with self.runtime.autocast():
-            views = self.augment(inputs, epoch, sample)
-            mark("augmentation")
-            output = self.model(views)
-        mark("forward")
-        loss = self.objective(output.y[0], output.y[1])
-        probe_loss = 0 if state.probe is None else state.probe.loss(output.logits, labels, sample)
-        mark("loss")
-        state.zero_grad()
-        state.scaler.scale(loss + probe_loss).backward()
+        apart = mark is not _unmarked and distributed.world_size() > 1  # DDP would reduce during the backward pass
+        with self.model.no_sync() if apart else nullcontext():  # type: ignore[operator]
+            with self.runtime.autocast():
+                views = self.augment(inputs, epoch, sample)
+                mark("augmentation")
+                output = self.model(views)
+            mark("forward")
+            loss = self.objective(output.y[0], output.y[1])
+            probe_loss = 0 if state.probe is None else state.probe.loss(output.logits, labels, sample)
+            mark("loss")
+            state.zero_grad()
+            state.scaler.scale(loss + probe_loss).backward()
         mark("backward")
+        if apart:
+            self._reduce_gradients()
+            mark("reduction")
 
         top1 = self.objective.top1(output.y[0], output.y[1]) if due else torch.zeros_like(loss)
         mine = torch.stack([loss.detach(), top1, torch.zeros_like(loss)])
@@ -108,31 +112,12 @@ class Training:
         self.done += 1
         mark("rest")
 
-    def reduction(self, batch: Batch, pairs: int) -> float:
-        """Seconds that the reduction of gradients adds to a backward pass: medians of passes with and without it."""
-        if distributed.world_size() == 1:
-            return 0.0
-        seconds: dict[bool, list[float]] = {True: [], False: []}
-        for i in range(2 * pairs):
-            reduced = i % 2 == 0
-            seconds[reduced].append(self._backward(batch, reduced))
-        return max(0.0, median(seconds[True]) - median(seconds[False]))
-
-    def _backward(self, batch: Batch, reduced: bool) -> float:
-        with nullcontext() if reduced else self.model.no_sync():  # type: ignore[operator]
-            with self.runtime.autocast():
-                output = self.model(self.augment(batch.inputs, 0, batch.sample))
-            loss = self.objective(output.y[0], output.y[1])
-            if self.state.probe is not None:
-                loss = loss + self.state.probe.loss(output.logits, batch.labels, batch.sample)
-            synchronize(self.runtime.device)
-            distributed.barrier()
-            begin = time.perf_counter()
-            loss.backward()
-            synchronize(self.runtime.device)
-            seconds = time.perf_counter() - begin
-        self.state.zero_grad()
-        return seconds
+    def _reduce_gradients(self) -> None:
+        """What DDP does during the backward pass, after it."""
+        gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
+        total = distributed.all_sum(torch.cat([g.flatten() for g in gradients])) / distributed.world_size()
+        for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 class Ceiling:

@@ -16,8 +16,9 @@ ours. Then all variants take turns, a few steps each, in rounds of changing orde
     plain        a plain PyTorch loop with torchvision's transforms, on the same images
     lightly      the same with lightly's transform, loss and LARS, if it is there: `make peers`
 
-A further pass with a clock between the parts of a step tells where its time goes. Validation, checkpoints and what else
-is not of every step is left out. The table goes to the screen, FOLDER/<config>-<device>.json and .png hold the rest.
+A further pass with a clock between the parts of a step tells where its time goes; there gradients are reduced after
+the backward pass, not during it. Validation, checkpoints and what else is not of every step is left out. The table
+goes to the screen, FOLDER/<config>-<device>.json and .png hold the rest.
 
 flags: --ranks 1,2     numbers of ranks to measure on; powers of two up to the GPUs or cores by default
        --rounds 10     rounds
@@ -201,10 +202,7 @@ def _measure(
     for number in range(1, rounds + 1):
         for variant in in_turns(variants, number):
             seconds[variant.name].append(timed(variant, warm, steps, runtime))
-        split = parts_of_a_step(training, data if with_data else synthetic, warm, steps)
-        split["reduction"] = min(training.reduction(here, 3), split["backward"])
-        split["backward"] -= split["reduction"]
-        parts.append(split)
+        parts.append(parts_of_a_step(training, data if with_data else synthetic, warm, steps))
         left = (time.perf_counter() - begin) / number * (rounds - number)
         cli.say(f"{counted(distributed.world_size(), 'rank')}: round {number} of {rounds}, {left:.0f} s left")
 
