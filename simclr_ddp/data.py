@@ -5,9 +5,7 @@ permutation, rank r of them [r*B, (r+1)*B). The tail that does not fill a batch 
 duplicates, which are false negatives, into a batch.
 """
 
-import atexit
 import os
-import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,10 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
-from simclr_ddp import spirograph
+from simclr_ddp import spirograph, torch_loader
 from simclr_ddp.augmentations import Augmentation, normalize
 from simclr_ddp.beton import Beton
 from simclr_ddp.crops import crop_boxes, cut_views, evaluation_box
@@ -29,7 +25,7 @@ from simclr_ddp.draws import Draw, permutation, view_uniforms
 
 SPIROGRAPH_IMAGES = {"train": 10_000, "test": 2_000}
 VIEWS = 2
-PREFETCH = 2  # batches decoded ahead of the one in use
+PREFETCH = 2  # batches decoded ahead of the one in use, by all of FFCV's threads or by each of torch's processes
 
 
 @dataclass(frozen=True)
@@ -142,64 +138,10 @@ class _TrainingCuts:
             yield from zip(index, boxes.reshape(*index.shape, VIEWS, 4), strict=True)
 
 
-class _Decoder(TorchDataset):
-    """(indices [B], boxes [B, V, 4]) -> uint8 [B, V, size, size, 3]; each image is decoded once.
-
-    An image that can't be decoded is answered with the sentence that says so: the caller raises it, since an error
-    in a worker process would reach the user as two tracebacks.
-    """
-
-    def __init__(self, images: Beton, size: int) -> None:
-        self.images, self.size = images, size
-
-    def __getitem__(self, cuts: tuple[np.ndarray, np.ndarray]) -> Tensor | str:
-        index, boxes = cuts
-        out = np.empty((len(index), boxes.shape[1], self.size, self.size, 3), np.uint8)
-        for i, (sample, cut) in enumerate(zip(index, boxes, strict=True)):
-            try:
-                out[i] = cut_views(self.images, int(sample), cut, self.size)
-            except ValueError as error:
-                return str(error)
-        return torch.from_numpy(out)
-
-
-def _leave_signals_to_the_parent(_: int) -> None:
-    """Only the training process acts on a signal, also where one reaches the whole process group (Ctrl-C, SLURM).
-
-    Workers end when it closes their queues, or dies: torch's loader watches for both.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _sent(values: np.ndarray, device: torch.device) -> Tensor:
     """The values on the device; a GPU gets them without the host waiting for it."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def _read_views(images: Beton, size: int, cuts: Any, workers: int, pinned: bool) -> Generator[Tensor, None, None]:
-    """uint8 [B, V, size, size, 3] for each (indices, boxes) of `cuts`, in order, by torch's DataLoader and Pillow."""
-    loader = DataLoader(
-        _Decoder(images, size),
-        sampler=cuts,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pinned,
-        worker_init_fn=_leave_signals_to_the_parent,
-        prefetch_factor=PREFETCH if workers else None,
-    )
-    iterator = iter(loader)
-    stop = getattr(iterator, "_shutdown_workers", lambda: None)
-    atexit.register(stop)  # Python would end those left open by the signal that they ignore, and wait
-    try:
-        for views in iterator:
-            if isinstance(views, str):
-                raise ValueError(views)
-            yield views
-    finally:
-        stop()
-        atexit.unregister(stop)
 
 
 @cache
@@ -300,12 +242,12 @@ def _batches(
         for row in rows:
             yield batch(_sent(dataset.numbers[row], device), row)
         return
-    read_views: Callable[..., Generator[Tensor, None, None]] = _read_views
+    read_views = torch_loader.read_views
     if usable_loader(loader)[0] == "ffcv":
         from simclr_ddp import ffcv_loader  # takes a second to import
 
         read_views = ffcv_loader.read_views
-    with closing(read_views(dataset.images, size, cuts, workers, device.type == "cuda")) as decoded:
+    with closing(read_views(dataset.images, size, cuts, workers, PREFETCH, device.type == "cuda")) as decoded:
         for row, views in zip(rows, decoded, strict=True):
             yield batch(_views_first(views.to(device, non_blocking=True)), row)
 

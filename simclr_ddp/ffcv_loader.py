@@ -25,7 +25,6 @@ from torch import Tensor
 
 from simclr_ddp.beton import Beton
 from simclr_ddp.crops import cut_views
-from simclr_ddp.data import PREFETCH
 from simclr_ddp.decode import TURBOJPEG, cut_views_of
 
 LEAST_PART = 8  # images a thread takes at once, at least
@@ -142,22 +141,23 @@ class _Batch:
 
 
 def read_views(
-    images: Beton, size: int, cuts: Iterable[tuple[np.ndarray, np.ndarray]], threads: int, pinned: bool = False
+    images: Beton, size: int, cuts: Iterable[tuple[np.ndarray, np.ndarray]], workers: int, ahead: int, pinned: bool
 ) -> Generator[Tensor, None, None]:
     """uint8 [B, V, size, size, 3] for each (index int64 [B], boxes int32 [B, V, 4]) of `cuts`, in order.
 
-    `threads` work on the batches that come next, PREFETCH of them at most, while one is used. What a thread
-    raises is raised here. An image that TurboJPEG complains about is given to Pillow, as in the torch loader: raises
-    ValueError with one sentence if that can't decode it either. Closed, the threads have ended.
+    `workers` threads, at least one, decode the `ahead` batches that come next while one is used. The memory is pinned
+    for a GPU if wanted. What a thread raises is raised here. An image that TurboJPEG complains about is given to
+    Pillow, as in the torch loader: raises ValueError with one sentence if that can't decode it either. Closed, the
+    threads have ended.
     """
-    loader, threads = _opened(images), max(1, threads)
-    pool = ThreadPoolExecutor(threads, "decode")
+    loader, workers = _opened(images), max(1, workers)
+    pool = ThreadPoolExecutor(workers, "decode")
     waiting: deque[_Batch] = deque()
 
     def begin(index: np.ndarray, boxes: np.ndarray) -> _Batch:
         views = torch.empty(len(index), boxes.shape[1], size, size, 3, dtype=torch.uint8, pin_memory=pinned)
         failed, out = np.zeros(len(index), bool), views.numpy()
-        length = max(LEAST_PART, -(-len(index) // (2 * threads)))
+        length = max(LEAST_PART, -(-len(index) // (2 * workers)))
         parts = [slice(i, i + length) for i in range(0, len(index), length)]
         futures = [pool.submit(loader.cut, index[p], boxes[p], out[p], failed[p]) for p in parts]
         return _Batch(index, boxes, views, failed, futures)
@@ -172,7 +172,7 @@ def read_views(
     try:
         for index, boxes in cuts:
             waiting.append(begin(index, boxes))
-            if len(waiting) > PREFETCH:
+            if len(waiting) > ahead:
                 yield end(waiting.popleft())
         while waiting:
             yield end(waiting.popleft())

@@ -6,11 +6,13 @@ import os
 import sys
 import tarfile
 import threading
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,6 +28,10 @@ pytest.importorskip("ffcv", reason="FFCV is not installed: make setup builds it"
 from simclr_ddp import decode, ffcv_loader
 
 ARCHIVES = Path(os.environ.get("SIMCLR_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def read_views(images: Beton, size: int, cuts: object, threads: int) -> Generator[torch.Tensor, None, None]:
+    return ffcv_loader.read_views(images, size, cuts, threads, data.PREFETCH, pinned=False)
 
 
 def cuts_of(images: Beton, batch_size: int = 8, views: int = 2, epochs: int = 1) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -87,7 +93,7 @@ def test_jpegs_raw_images_and_grey_ones_have_the_reference_views(tmp_path: Path,
     write(tmp_path / "x.beton", rows, {"image": PICTURES, "label": INT}, len(rows), {})
     images = Beton(tmp_path / "x.beton")
     cuts = cuts_of(images, batch_size=13, views=views, epochs=2)
-    found = list(ffcv_loader.read_views(images, 24, cuts, threads))
+    found = list(read_views(images, 24, cuts, threads))
     assert [tuple(views_of.shape) for views_of in found[:3]] == [(n, views, 24, 24, 3) for n in (13, 13, 4)]
     for ours, wanted in zip(found, reference(images, 24, cuts), strict=True):
         assert np.array_equal(ours.numpy(), wanted)
@@ -103,7 +109,7 @@ def test_real_images_have_the_reference_views(tmp_path: Path) -> None:
     images = Beton(tmp_path / "x.beton")
     assert images.count == 80
     cuts = cuts_of(images, batch_size=40)
-    for ours, wanted in zip(ffcv_loader.read_views(images, 224, cuts, 2), reference(images, 224, cuts), strict=True):
+    for ours, wanted in zip(read_views(images, 224, cuts, 2), reference(images, 224, cuts), strict=True):
         difference = np.abs(ours.numpy().astype(int) - wanted)
         assert difference.mean() == 0 and difference.max() == 0
 
@@ -122,7 +128,7 @@ def test_a_jpeg_with_flaws_that_pillow_bears_is_left_to_pillow(tmp_path: Path) -
     failed = np.zeros(8, bool)
     ffcv_loader.ViewLoader(images).cut(*cuts[0], np.zeros((8, 2, 16, 16, 3), np.uint8), failed)
     assert failed.tolist() == [True, False, False] * 2 + [True, False], "TurboJPEG complains"
-    for ours, wanted in zip(ffcv_loader.read_views(images, 16, cuts, 1), reference(images, 16, cuts), strict=True):
+    for ours, wanted in zip(read_views(images, 16, cuts, 1), reference(images, 16, cuts), strict=True):
         assert np.array_equal(ours.numpy(), wanted)
 
 
@@ -136,7 +142,7 @@ def test_a_size_that_is_not_the_jpegs_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.beton").write_bytes(content)
     images = Beton(tmp_path / "x.beton")
     with pytest.raises(ValueError, match="it is 50 x 40, not 50 x 20 pixels"):
-        list(ffcv_loader.read_views(images, 16, cuts_of(images), 1))
+        list(read_views(images, 16, cuts_of(images), 1))
 
 
 # guards
@@ -153,7 +159,7 @@ def test_what_a_thread_raises_is_raised_and_the_threads_end(images: Path, monkey
     monkeypatch.setattr(ffcv_loader.ViewLoader, "cut", cut)
     beton, got = Beton(images), 0
     with pytest.raises(RuntimeError, match="broken in a thread"):
-        for _ in ffcv_loader.read_views(beton, 16, cuts_of(beton), 2):
+        for _ in read_views(beton, 16, cuts_of(beton), 2):
             got += 1
     assert got == 2, "the batches before it are given"
     assert not decoding_threads()
@@ -161,7 +167,7 @@ def test_what_a_thread_raises_is_raised_and_the_threads_end(images: Path, monkey
 
 def test_closed_in_the_middle_nothing_is_left(images: Path) -> None:
     beton = Beton(images)
-    with closing(ffcv_loader.read_views(beton, 16, cuts_of(beton, epochs=20), 2)) as views:
+    with closing(read_views(beton, 16, cuts_of(beton, epochs=20), 2)) as views:
         next(views)
         assert decoding_threads()
     assert not decoding_threads()
@@ -170,7 +176,7 @@ def test_closed_in_the_middle_nothing_is_left(images: Path) -> None:
 def test_two_at_once_do_not_disturb_each_other(images: Path) -> None:
     beton = Beton(images)
     train, probe = cuts_of(beton, 8, 2, epochs=3), cuts_of(beton, 5, 1, epochs=3)
-    first, second = (ffcv_loader.read_views(beton, size, cuts, 2) for size, cuts in ((16, train), (20, probe)))
+    first, second = (read_views(beton, size, cuts, 2) for size, cuts in ((16, train), (20, probe)))
     a, b = [], []
     while len(a) < len(train):
         a.append(next(first))
@@ -206,7 +212,7 @@ def test_memory_is_bounded_by_the_batches(images: Path) -> None:
             asked.append(cut)
             yield cut
 
-    with closing(ffcv_loader.read_views(beton, 16, cuts(), 2)) as views:
+    with closing(read_views(beton, 16, cuts(), 2)) as views:
         for used in range(1, 20):
             next(views)
             assert len(asked) == used + data.PREFETCH
