@@ -3,7 +3,7 @@ PYTHON ?= python3
 # Another package index for torch, for example a CPU-only one: make setup TORCH_INDEX=...
 TORCH_INDEX ?=
 # The OpenCV that FFCV is built against: nothing for packages of Debian or Ubuntu that are downloaded, not installed;
-# "system" for the installed one; a folder such as $CONDA_PREFIX; "no" for no FFCV.
+# "system" for the installed one; a folder such as $CONDA_PREFIX; "no" builds none.
 FFCV ?=
 
 .PHONY: demo test test-slow test-all check format setup peers lock clean

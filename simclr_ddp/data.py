@@ -157,9 +157,8 @@ def usable_loader(wanted: str) -> tuple[str, str]:
     except Exception as error:  # a missing library is an OSError, numba raises errors of its own
         reason = " ".join(str(error).split())
         if wanted == "ffcv":
-            raise ValueError(
-                f"FFCV can't be imported ({reason}): make setup installs it, the loader torch does without"
-            ) from error
+            hint = "make setup installs it, " if isinstance(error, ModuleNotFoundError) else ""
+            raise ValueError(f"FFCV can't be imported ({reason}): {hint}the loader torch does without") from error
         return "torch", f"FFCV can't be imported ({reason})"
     return "ffcv", ""
 
@@ -168,14 +167,18 @@ def describe_loader(images: Beton, wanted: str, workers: int, batch_size: int, v
     """One line: who decodes, why not FFCV, and the memory it takes, from the sizes in the file's tables."""
     loader, reason = usable_loader(wanted)
     if loader == "ffcv":
-        who, ahead = f"FFCV, {max(1, workers)} threads", PREFETCH + 2  # one of them is in use
+        who, kind, workers, ahead = "FFCV", "thread", max(1, workers), PREFETCH + 2  # one of them is in use
     else:
-        who, ahead = f"torch's DataLoader, {workers} processes", PREFETCH * workers + 2
+        who, kind, ahead = "torch's DataLoader", "process", PREFETCH * workers + 2
     height, width = (int(side) for side in images.sizes[images.sizes.prod(axis=1).argmax()])
-    megabytes = (ahead * batch_size * views * size**2 * 3 + max(1, workers) * height * width * 3) / 1e6
+    # To decode a pixel takes 3 bytes, and 6 more in a progressive JPEG; then the rows are resized, and the columns.
+    scratch = max(1, workers) * height * (9 * width + 3 * size)
+    megabytes = (ahead * batch_size * views * size**2 * 3 + scratch) / 1e6
+    plural = "" if workers == 1 else "es" if kind == "process" else "s"
     return (
-        f"{reason + ': ' if reason else ''}images are decoded by {who}, with {megabytes:,.0f} MB a rank for {ahead} "
-        f"batches of {batch_size} x {views} views and the largest image, {width} x {height} pixels"
+        f"{reason + ': ' if reason else ''}images are decoded by {who}, {workers} {kind}{plural}, in up to "
+        f"{megabytes:,.0f} MB a rank: {ahead} batches of {batch_size} x {views} views, and images of up to "
+        f"{width} x {height} pixels"
     )
 
 
@@ -219,7 +222,8 @@ def evaluation_batches(
     cuts = []
     if dataset.images is not None:
         sizes = dataset.images.sizes
-        cuts = [(row, np.array([[evaluation_box(h, w, size)] for h, w in sizes[row].tolist()])) for row in rows]
+        boxes = np.array([[evaluation_box(h, w, size)] for h, w in sizes[index].tolist()], np.int32)
+        cuts = [(row, boxes[i * batch_size :][: len(row)]) for i, row in enumerate(rows)]
     return _batches(dataset, rows, cuts, size, workers, loader, device)
 
 

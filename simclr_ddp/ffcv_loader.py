@@ -9,6 +9,8 @@ This module imports FFCV: `data.usable_loader` says whether it can be.
 """
 
 import ctypes
+import math
+import mmap
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -131,6 +133,14 @@ class ViewLoader(ffcv_loader.Loader):
 _opened = lru_cache(maxsize=4)(ViewLoader)  # compiled once for all who read an open file
 
 
+def _memory(shape: tuple[int, ...], pinned: bool) -> Tensor:
+    """uint8 of that shape, to be written. It is mapped by itself: a fragmented heap would grow by hundreds of MB."""
+    if pinned:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch keeps it until its copies are done
+    pages = mmap.mmap(-1, math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8).view(shape)
+
+
 @dataclass
 class _Batch:
     index: np.ndarray
@@ -155,7 +165,7 @@ def read_views(
     waiting: deque[_Batch] = deque()
 
     def begin(index: np.ndarray, boxes: np.ndarray) -> _Batch:
-        views = torch.empty(len(index), boxes.shape[1], size, size, 3, dtype=torch.uint8, pin_memory=pinned)
+        views = _memory((len(index), boxes.shape[1], size, size, 3), pinned)
         failed, out = np.zeros(len(index), bool), views.numpy()
         length = max(LEAST_PART, -(-len(index) // (2 * workers)))
         parts = [slice(i, i + length) for i in range(0, len(index), length)]

@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import re
 import sys
 import tarfile
 import threading
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from simclr_ddp import data, pretrain
-from simclr_ddp.beton import DESCRIPTOR, HEADER, INT, PICTURE, PICTURES, Beton, Picture, write
+from simclr_ddp.beton import ALLOCATION, DESCRIPTOR, HEADER, INT, PICTURE, PICTURES, Beton, Picture, write
 from simclr_ddp.crops import crop_boxes, cut_views, resize_crop
 from simclr_ddp.metrics import read_metrics
 from simclr_ddp.write_dataset import write_dataset
@@ -228,7 +229,6 @@ def without_ffcv(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ffcv._libffcv", None)
     monkeypatch.delitem(sys.modules, "simclr_ddp.ffcv_loader")
     monkeypatch.delattr("simclr_ddp.ffcv_loader")
-    monkeypatch.syspath_prepend("")
 
 
 @pytest.fixture(autouse=True)
@@ -240,9 +240,9 @@ def _loaders_as_found() -> object:
 def test_auto_takes_ffcv_and_says_so(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert data.usable_loader("auto") == ("ffcv", "") and data.usable_loader("torch") == ("torch", "")
     assert pretrain.main(settings_of(images, tmp_path / "run")) == 0
-    assert "images are decoded by FFCV, 1 threads" in capsys.readouterr().out
+    assert "images are decoded by FFCV, 1 thread," in capsys.readouterr().out
     assert pretrain.main(settings_of(images, tmp_path / "other", "data.loader=torch")) == 0
-    assert "images are decoded by torch's DataLoader, 1 processes" in capsys.readouterr().out
+    assert "images are decoded by torch's DataLoader, 1 process," in capsys.readouterr().out
     one, other = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "other"))
     assert [line["loss"] for line in one] == [line["loss"] for line in other], "the pixels are the same"
 
@@ -262,8 +262,68 @@ def test_memory_is_predicted_from_the_files_tables(tmp_path: Path) -> None:
     rows = [(Picture(jpeg(np.zeros((h, w, 3), np.uint8)), h, w, False),) for h, w in ((400, 1000), (900, 300))]
     write(tmp_path / "x.beton", rows, {"image": PICTURES}, 2, {})
     line = data.describe_loader(Beton(tmp_path / "x.beton"), "ffcv", 4, 64, 2, 224)
-    megabytes = (4 * 64 * 2 * 224 * 224 * 3 + 4 * 400 * 1000 * 3) / 1e6
+    megabytes = (4 * 64 * 2 * 224 * 224 * 3 + 4 * 400 * (1000 * 9 + 224 * 3)) / 1e6
     assert f"{megabytes:,.0f} MB" in line and "4 batches of 64 x 2 views" in line and "1000 x 400" in line
+
+
+def anonymous_megabytes() -> float:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1e3
+
+
+def test_no_more_memory_is_taken_than_was_predicted(images: Path) -> None:
+    """Batches of 19 MB, in a process whose heap is in use."""
+    beton = Beton(images)
+    index = np.arange(64) % beton.count
+    boxes = crop_boxes(0, 0, index, beton.sizes[index], 2)
+    predicted = float(re.search(r"([\d.,]+) MB", data.describe_loader(beton, "ffcv", 2, 64, 2, 224))[1])
+    list(ffcv_loader.read_views(beton, 224, [(index, boxes)], 2, data.PREFETCH, pinned=False))
+    before, heap = anonymous_megabytes(), []
+    for i, _ in enumerate(ffcv_loader.read_views(beton, 224, [(index, boxes)] * 60, 2, data.PREFETCH, pinned=False)):
+        heap.append(bytes(10_000 + i))
+        assert anonymous_megabytes() - before < predicted + 10
+
+
+def test_workers_are_this_ranks_share_of_the_cores(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    whole = ffcv_loader.read_views
+
+    def read_views(*arguments: object) -> object:
+        asked.append(arguments[3])
+        return whole(*arguments)
+
+    monkeypatch.setattr(ffcv_loader, "read_views", read_views)
+    monkeypatch.setattr(data, "cores", lambda: 2)
+    assert pretrain.main(settings_of(images, tmp_path / "run", "data.workers=16", "optim.steps=5")) == 0
+    assert asked == [2, 2], "training, and the probe's validation"
+    assert "data.workers=16 is lowered to 2" in capsys.readouterr().out
+
+
+def test_pointers_in_any_order_are_found(images: Path, tmp_path: Path) -> None:
+    """FFCV's writer has several processes, which add to the allocation table as they come."""
+    content = bytearray(images.read_bytes())
+    start = int(np.frombuffer(content[: HEADER.itemsize], HEADER)["allocations"][0])
+    table = np.frombuffer(content[start:], ALLOCATION)
+    content[start:] = table[np.random.default_rng(0).permutation(len(table))].tobytes()
+    (tmp_path / "x.beton").write_bytes(content)
+    (tmp_path / "x.beton.json").write_bytes(Path(f"{images}.json").read_bytes())
+    shuffled, beton = Beton(tmp_path / "x.beton"), Beton(images)
+    cuts = cuts_of(beton)
+    for ours, wanted in zip(read_views(shuffled, 16, cuts, 1), reference(beton, 16, cuts), strict=True):
+        assert np.array_equal(ours.numpy(), wanted)
+
+
+def test_compiled_without_a_folder_to_keep_it_in(images: Path) -> None:
+    script = (
+        "import numba.core.caching as caching\n"
+        "def no_place(*_): raise RuntimeError('cannot cache function: no locator available')\n"
+        "caching.FunctionCache.__init__ = no_place\n"
+        "from simclr_ddp import data\nprint(data.usable_loader('auto'))"
+    )
+    status, output = processes.finish(processes.start_command([sys.executable, "-c", script]))
+    assert (status, output) == (0, "('ffcv', '')\n")
 
 
 def settings_of(images: Path, run_dir: Path, *more: str) -> list[str]:
