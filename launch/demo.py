@@ -38,7 +38,7 @@ def summary(run_dir: Path) -> str:
         f"linear regression of the four generating numbers, mean squared error on the test images: "
         f"{trained:.4f} trained, {random:.4f} untrained encoder\n"
         f"the run:     {run_dir}/ (config.yaml, metrics.jsonl, checkpoints/, encoder.safetensors, linear_eval.json)\n"
-        f"its figures: {run_dir}/figures/curves.png, {run_dir}/figures/views.png"
+        f"its figures: {run_dir}/figures/ (curves.png, views.png, and maps of the test images: pca_*.png, tsne_*.png)"
     )
 
 

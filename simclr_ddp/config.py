@@ -198,6 +198,12 @@ class Visualize:
     run: str = option(MISSING, "run directory")
     images: int = option(8, "images on the page of views", low=1)
     views: int = option(6, "augmented views of each", low=1)
+    maps: str = option(
+        "all", "maps of test images: PCA and t-SNE (which takes a minute), PCA alone, or none", ("all", "pca", "none")
+    )
+    points: int = option(2000, "test images on the maps: a random choice, always the same", low=10)
+    test: str = option("", "images for the maps; empty: the run's data.test")
+    device: str = option("auto", "auto takes CUDA where there is one", ("auto", "cuda", "cpu"))
 
 
 # What can be changed without changing the parameters that come out.

@@ -147,8 +147,11 @@ def representations(
     workers: int,
     loader: str,
     title: str,
+    index: np.ndarray | None = None,
 ) -> Tensor:
-    """[n, D] on the CPU of rank 0, [0, D] on the others: h of every image's evaluation view, in the order of the file.
+    """[n, D] on the CPU of rank 0, [0, D] on the others: h of the evaluation views of the images `index`, or of all.
+
+    index  [n] positions in the file; None: all, in its order
 
     The encoder is in evaluation mode: batch norm uses its running statistics. float32, or float64 under precision
     fp64. Each rank takes a contiguous share of the images, none of them twice, in batches of batch_size, which are
@@ -157,10 +160,11 @@ def representations(
     encoder = encoder.to(runtime.device, runtime.dtype).eval()
     encoder.to(memory_format=torch.channels_last)
     images = evaluation_images(dataset, spec.mean, spec.std, runtime.dtype)
-    shares = np.array_split(np.arange(dataset.count), distributed.world_size())
+    index = np.arange(dataset.count) if index is None else index
+    shares = np.array_split(np.arange(len(index)), distributed.world_size())
     batches = evaluation_batches(
         dataset,
-        shares[distributed.rank()],
+        index[shares[distributed.rank()]],
         size=spec.size,
         batch_size=batch_size,
         workers=usable_workers(workers, distributed.local_world_size()),
@@ -168,8 +172,8 @@ def representations(
         device=runtime.device,
     )
     main = distributed.is_main()
-    h_all = torch.empty(dataset.count if main else 0, encoder.width_out, dtype=runtime.dtype)
-    for first in _progress(range(0, len(shares[0]), batch_size), dataset.count, batch_size, title):
+    h_all = torch.empty(len(index) if main else 0, encoder.width_out, dtype=runtime.dtype)
+    for first in _progress(range(0, len(shares[0]), batch_size), len(index), batch_size, title):
         # Shares differ by at most one image, but then maybe by one batch: every rank gathers equally often.
         block = torch.zeros(1, batch_size, encoder.width_out, dtype=runtime.dtype, device=runtime.device)
         batch = next(batches, None)

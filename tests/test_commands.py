@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from benchmarks.gpu import suite
 from launch import demo
-from simclr_ddp import linear_eval, pretrain, visualize, write_dataset
+from simclr_ddp import linear_eval, pretrain, write_dataset
 from simclr_ddp.metrics import read_metrics
 from tests import processes
 from tests.processes import ROOT
@@ -18,18 +17,6 @@ from tests.test_resume import settings
 
 README = (ROOT / "README.md").read_text()
 TINY = ("optim.steps=4", "data.workers=0", "log.every_steps=1", "model.width=0.0625")
-
-
-def test_visualize_draws_curves_and_views(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert pretrain.main(settings(images, tmp_path / "run", *TINY)) == 0
-    assert visualize.main([str(tmp_path / "run"), "images=3", "views=3"]) == 0
-    output = capsys.readouterr().out
-    for name in ("curves.png", "views.png"):
-        path = tmp_path / "run" / "figures" / name
-        assert str(path) in output
-        with Image.open(path) as picture:
-            assert picture.width > 200 and len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
-        assert path.stat().st_size < 300_000
 
 
 def test_the_demos_summary_of_a_real_evaluation(tmp_path: Path) -> None:
@@ -42,13 +29,6 @@ def test_the_demos_summary_of_a_real_evaluation(tmp_path: Path) -> None:
     text = demo.summary(tmp_path / "run")
     assert f"{results['trained']['mse']:.4f} trained, {results['random']['mse']:.4f} untrained" in text
     assert str(tmp_path / "run") in text
-
-
-def test_visualize_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert visualize.main([str(tmp_path)]) == 2
-    assert "is no run directory" in capsys.readouterr().err
-    assert visualize.main([]) == 2
-    assert "run is missing" in capsys.readouterr().err
 
 
 def test_a_run_without_arguments_goes_into_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
