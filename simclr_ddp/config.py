@@ -167,9 +167,14 @@ class LinearEval:
     run: str = option(MISSING, "run directory, checkpoint (.pt) or encoder.safetensors")
     train: str = option("", "labelled training images; empty: the run's data.train")
     test: str = option("", "test images; empty: the run's data.test")
-    l2: list[float] = option([1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1], "ridge strengths to choose from", low=0)
+    convention: str = option(
+        "C", "C: 1/2 |W|^2 + C sum of losses (scikit-learn's); mean: mean loss + strength |W|^2", ("C", "mean")
+    )
+    strengths: list[float] = option(
+        [], "of the penalty, to choose from; empty: 45, C from 1e-6 to 1e5 or mean from 1e-10 to 10", low=0
+    )
     validation_fraction: float = option(0.1, "of the training images, to choose the strength on", low=0, high=1)
-    tolerance: float = option(1e-5, "largest gradient entry at which L-BFGS stops", low=0)
+    tolerance: float = option(1e-6, "norm of the gradient, relative to zero weights, at which L-BFGS stops", low=0)
     max_iterations: int = option(1000, "of L-BFGS for each strength", low=1)
     batch_size: int = option(256, "images per forward pass and rank", low=1)
     random_encoder: bool = option(True, "evaluate an untrained encoder of the same kind beside it")

@@ -8,6 +8,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from inspect import signature
 from typing import Any
@@ -56,6 +58,19 @@ def is_main() -> bool:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+@contextmanager
+def while_main_works() -> Iterator[None]:
+    """All ranks enter together; none leaves before rank 0 does, which may take days, unlike in other collectives.
+
+    Its group is of gloo, whose waiting costs no processor and, unlike NCCL's, is not watched.
+    """
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world_size() > 1 else None
+    yield
+    if isinstance(patient, dist.ProcessGroup):
+        dist.barrier(patient)
+        dist.destroy_process_group(patient)
 
 
 def all_sum(values: Tensor) -> Tensor:

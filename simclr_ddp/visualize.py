@@ -20,7 +20,7 @@ from simclr_ddp.curves import curves
 from simclr_ddp.data import VIEWS, Dataset, evaluation_batches, evaluation_images, open_dataset, views_at
 from simclr_ddp.draws import permutation
 from simclr_ddp.figures import WIDTH, save
-from simclr_ddp.linear_eval import number_names
+from simclr_ddp.labelled import number_names
 from simclr_ddp.maps import LEAST, colouring, maps, scatter, thumbnails
 from simclr_ddp.metrics import read_metrics
 from simclr_ddp.pretrain import make_augmentation, make_objective

@@ -285,9 +285,7 @@ def owner_of(cls: type, key: str) -> type:
 
 
 READ_OTHERWISE = {
-    ("Data", "test"),  # by linear_eval, from the dotted settings of the run it evaluates: "data.test"
-    ("LinearEval", "train"),  # getattr(settings, split)
-    ("LinearEval", "test"),
+    ("Data", "test"),  # by labelled.py, from the dotted settings of the run it evaluates: "data.test"
 }
 
 

@@ -1,5 +1,7 @@
 """Collectives and cross-rank batch norm on real gloo ranks, against the same computation in one process."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -130,6 +132,22 @@ def ended_together() -> str:
 
 def test_fail_together_tells_once(ranks: Ranks) -> None:
     assert ranks.run(4, ended_together) == ["ValueError: it diverges", "exit 2", "exit 2", "exit 2"]
+
+
+def leaving_times(seconds: float) -> tuple[float, float]:
+    """When rank 0 had done its work, on its clock, and when this rank went on."""
+    done = 0.0
+    with distributed.while_main_works():
+        if distributed.is_main():
+            time.sleep(seconds)
+            done = time.monotonic()
+    return done, time.monotonic()
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_all_ranks_wait_while_rank_0_works(world_size: int, ranks: Ranks) -> None:
+    answers = ranks.run(world_size, leaving_times, 0.3)
+    assert all(left >= answers[0][0] > 0 for _, left in answers)
 
 
 # --- batch norm -----------------------------------------------------------------------------------------------------

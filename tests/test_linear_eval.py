@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from simclr_ddp import checkpoint, data, linear_eval
+from simclr_ddp import checkpoint, data, labelled, linear_eval
 from simclr_ddp.config import LinearEval
 from simclr_ddp.crops import resize_crop
 from simclr_ddp.data import Dataset, open_dataset
 from simclr_ddp.pretrain import encoder_metadata
 from simclr_ddp.representations import load_encoder, random_encoder, representations
 from simclr_ddp.run import read_settings
-from simclr_ddp.runtime import Runtime, setup
+from simclr_ddp.runtime import setup
 from simclr_ddp.spirograph import TARGETS
 from simclr_ddp.write_dataset import write_dataset
 from tests.conftest import write_images
@@ -73,21 +73,34 @@ def without_seconds(results: dict[str, Any]) -> dict[str, Any]:
 def test_a_run_is_evaluated_from_end_to_end(
     run: Path, files: dict[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    record = evaluate(run)
+    record = evaluate(run, "validation_fraction=0.25")
     result = record["results"]["trained"]
     assert result["top1"] > 0.75  # a class is a tint; chance is one half
+    low, high = result["top1_interval"]
+    assert low < result["top1"] < high and 0.7 < result["mean_per_class"] <= 1
     assert result["top5"] is None and set(record["results"]) == {"trained", "random"}
-    assert [t["l2"] for t in result["validation"]] == [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8]
-    assert result["l2"] == max(result["validation"], key=lambda t: (t["top1"], t["l2"]))["l2"]
-    assert result["converged"] and result["gradient"] <= 1e-5 and result["features"] == 32
-    assert record["train"]["images"] == 40 and record["test"]["images"] == 30 and record["validation_images"] == 4
+    tried = result["validation"]
+    np.testing.assert_allclose([t["strength"] for t in tried], np.logspace(-6, 5, 45))  # C, from strong to weak
+    np.testing.assert_allclose([t["l2"] for t in tried], 1 / (2 * 30 * np.logspace(-6, 5, 45)))
+    best = max(tried, key=lambda t: (t["top1"], t["l2"]))
+    assert result["strength"] == best["strength"] and result["validation_top1"] == best["top1"]
+    assert all(t["converged"] and t["gradient"] <= 1e-6 for t in tried)
+    assert result["converged"] and result["gradient"] <= 1e-6 and result["features"] == 32
+    assert record["train"]["images"] == 40 and record["test"]["images"] == 30 and record["validation_images"] == 10
     assert record["test"]["fingerprint"] == open_dataset(str(files["test"]), "test").fingerprint
-    assert record["encoder"]["size"] == 16 and record["settings"]["tolerance"] == 1e-5
+    assert record["encoder"]["size"] == 16 and record["settings"]["tolerance"] == 1e-6
+    assert record["objective"] == "1/2 |W|^2 + C * sum of cross-entropy over images"
     assert record["runtime"]["precision"] == "fp32" and record["seconds"] > 0
     printed = capfd.readouterr().out
-    assert f"top-1  {result['top1']:>25.2%}".replace(" ", "") in printed.replace(" ", "")
-    assert "random encoder" in printed and "no top-5: with 2 classes" in printed
+    assert printed.count("images are decoded by") == 1, "which loader was taken is said once"
+    rows = {line[:20].strip(): line[20:].split() for line in printed.splitlines()}
+    assert rows["test top-1"][0] == f"{result['top1']:.2%}" and len(rows["test top-1"]) == 2
+    assert rows["strength (C)"][0] == f"{result['strength']:.3g}"
+    for title in ("validation top-1", "95 % interval", "test mean per class", "relative gradient", "seconds, solving"):
+        assert rows[title], title
+    assert "random encoder" in printed and "no top-5: with 2 classes" in printed and record["objective"] in printed
     assert "trained encoder, train: 40 of 40 images" in printed and "images/s" in printed
+    assert "random encoder: 45 of 45 strengths" in printed
     assert not list(run.glob(".*.tmp"))
 
 
@@ -149,7 +162,8 @@ def test_two_ranks_evaluate_as_one(run: Path, ranks: Ranks) -> None:
     assert one["runtime"]["world_size"] == 1 and two["runtime"]["world_size"] == 2
     for name in ("trained", "random"):
         a, b = one["results"][name], two["results"][name]
-        assert (a["top1"], a["l2"]) == (b["top1"], b["l2"])
+        for key in ("top1", "top1_interval", "mean_per_class", "strength"):
+            assert a[key] == b[key]
         assert [t["top1"] for t in a["validation"]] == [t["top1"] for t in b["validation"]]
 
 
@@ -187,7 +201,7 @@ def test_spirograph_files_are_regressed(
 ) -> None:
     encoder = Path(shutil.copy(trained / "encoder.safetensors", tmp_path))
     more = [f"{split}={files[f'spirograph-{split}']}" for split in ("train", "test")]
-    record = evaluate(encoder, *more, "l2=[1e-3,1e-2,1e-1,1]")
+    record = evaluate(encoder, *more, "convention=mean", "strengths=[1e-3,1e-2,1e-1,1]")
     results = record["results"]
     y_train, y_test = (open_dataset(text.partition("=")[2], "train").labels for text in more)
     assert y_train is not None and y_test is not None
@@ -198,10 +212,10 @@ def test_spirograph_files_are_regressed(
     for name in ("trained", "random"):
         assert results[name]["mse"] == pytest.approx(np.mean(list(results[name]["mse_of"].values())))
         tried = results[name]["validation"]
-        assert results[name]["l2"] == min(tried, key=lambda t: t["mse"])["l2"]
+        assert results[name]["strength"] == min(tried, key=lambda t: t["mse"])["strength"]
     assert results["trained"]["mse"] < 0.9 * min(results[name]["mse"] for name in ("random", "predict_the_mean"))
     printed = capfd.readouterr().out
-    assert "predict the mean" in printed and all(f"MSE, {name}" in printed for name in TARGETS)
+    assert "predict the mean" in printed and all(f"test MSE, {name}" in printed for name in TARGETS)
 
 
 def test_the_generated_set_is_regressed(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +239,7 @@ def test_the_random_encoder_belongs_to_the_seed(run: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, again[k]) for k, v in one.items())
     assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
-    first, second, third = (evaluate(run, f"seed={seed}", "l2=[1e-3]")["results"] for seed in (1, 1, 2))
+    first, second, third = (evaluate(run, f"seed={seed}", "strengths=[1e-3]")["results"] for seed in (1, 1, 2))
     assert without_seconds(first) == without_seconds(second)
     assert first["random"]["gradient"] != third["random"]["gradient"]
     assert first["trained"]["gradient"] == third["trained"]["gradient"]  # one strength: no split, no seed
@@ -235,61 +249,74 @@ def test_the_test_images_choose_nothing(run: Path, files: dict[str, Path], capfd
     records = [evaluate(run, f"test={files[name]}") for name in ("test", "train")]
     assert "the test images are the training images" in capfd.readouterr().err
     one, two = (record["results"]["trained"] for record in records)
-    assert one["validation"] == two["validation"] and one["l2"] == two["l2"]
+    assert one["validation"] == two["validation"] and one["strength"] == two["strength"]
     assert one["gradient"] == two["gradient"] and one["top1"] != two["top1"]
 
 
-def test_a_solver_that_stopped_early_and_the_end_of_the_grid_are_said(
-    run: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    record = evaluate(run, "max_iterations=1", "tolerance=1e-9", "l2=[1e-3,1e-2]", "random_encoder=false")
+def toy(labels: np.ndarray, count: int = 80) -> tuple[Tensor, Dataset]:
+    """Five noisy features that depend on the labels, in float64, and a data set of these labels."""
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(count, 5)) + labels[:, None])
+    return x, Dataset("here", count, labels, None, "")
+
+
+def evaluate_toy(x: Tensor, train: Dataset, test: Dataset, **changed: Any) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    settings, held = LinearEval(run="", **changed), np.arange(80) < 20
+    return linear_eval.evaluate(x.clone(), x.clone(), train, test, held, settings, torch.device("cpu"), "trained")
+
+
+def test_labels_of_the_test_images_do_not_reach_the_choice() -> None:
+    x, dataset = toy(np.arange(80) % 2)
+    shuffled = Dataset("there", 80, np.random.default_rng(1).permutation(80) % 2, None, "")
+    one, other = evaluate_toy(x, dataset, dataset), evaluate_toy(x, dataset, shuffled)
+    for key in ("strength", "validation", "validation_top1", "gradient", "iterations"):
+        assert one[key] == other[key]
+    assert one["top1"] > 0.9 and other["top1"] < 0.7
+
+
+def test_a_strength_has_the_same_meaning_in_both_conventions() -> None:
+    x, dataset = toy(np.arange(80) % 2)
+    one = evaluate_toy(x, dataset, dataset, strengths=[1e-3], tolerance=1e-10)
+    other = evaluate_toy(x, dataset, dataset, convention="mean", strengths=[1 / (2 * 80 * 1e-3)], tolerance=1e-10)
+    assert one["validation"] == [] and one["validation_top1"] is None
+    assert {**one, "strength": 0, "solve_seconds": 0} == {**other, "strength": 0, "solve_seconds": 0}
+
+
+def test_fits_that_stopped_early_and_the_end_of_the_path_are_said(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    more = ("max_iterations=1", "tolerance=1e-9", "random_encoder=false")
+    record = evaluate(run, *more, "convention=mean", "strengths=[1e-3,1e-2]")
     assert not record["results"]["trained"]["converged"]
+    assert record["objective"] == "mean of cross-entropy over images + strength * |W|^2"
     said = capfd.readouterr().err
-    assert "stopped after 1 iterations at a gradient of" in said and "is at the end of those tried" in said
+    assert "L-BFGS stopped above tolerance=1e-09 in 3 of 3 fits, with that to all training images" in said
+    end = {1e-2: "strongest", 1e-3: "weakest"}[record["results"]["trained"]["strength"]]
+    assert f"is the {end} penalty of those tried" in said
 
 
-def test_five_classes_have_a_top5() -> None:
+def test_six_classes_have_a_top5() -> None:
     labels = np.arange(12) % 6
     dataset = Dataset("here", 12, labels, [f"class {i}" for i in range(6)], "")
-    logits = -(torch.arange(6) - torch.from_numpy(labels)[:, None]).abs().double()
-    logits[0] = torch.tensor([-9.0, 1, 2, 3, 4, 5])
-    figures = linear_eval.figures(logits, torch.from_numpy(labels), dataset)
-    assert figures == {"top1": pytest.approx(11 / 12), "top5": pytest.approx(11 / 12)}
-    text = linear_eval.table({"trained": figures | {"l2": 0.1}}, dataset)
-    assert text.splitlines()[2].split() == ["top-5", "91.67%"]
-
-
-def test_features_are_standardised_by_the_training_images() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(50, 3, generator=generator, dtype=torch.float64) * torch.tensor([2, 1, 1e-7]) + 5
-    x_test = torch.ones(2, 3, dtype=torch.float64)
-    expected = (1 - x.mean(0)) / x.std(0, correction=0)
-    linear_eval.standardize(x, x_test)
-    torch.testing.assert_close(x[:, :2].square().mean(0), torch.ones(2, dtype=torch.float64))
-    torch.testing.assert_close(x_test[0, :2], expected[:2])
-    assert (x[:, 2] == 0).all() and (x_test[:, 2] == 0).all()  # constant, but for rounding
+    ranks = torch.tensor([5] + [4] * 2 + [0] * 9)
+    figures = linear_eval.class_figures(ranks, torch.from_numpy(labels), 6)
+    expected = {"top1": 9 / 12, "top5": 11 / 12, "mean_per_class": 9 / 12}  # two of each class
+    assert {k: figures[k] for k in expected} == pytest.approx(expected)
+    text = linear_eval.table({"trained": figures}, dataset, "C")
+    assert ["test", "top-5", "91.67%"] in [line.split() for line in text.splitlines()] and "no top-5" not in text
+    assert linear_eval.class_figures(ranks.clamp_max(4), torch.from_numpy(labels), 5)["top5"] is None
 
 
 def test_units_of_the_features_do_not_matter() -> None:
-    torch.set_num_threads(1)
-    generator = np.random.default_rng(0)
-    labels = np.arange(80) % 2
-    dataset = Dataset("here", 80, labels, None, "")
-    x = torch.from_numpy(generator.normal(size=(80, 5)) + labels[:, None])
-    settings, runtime, held = LinearEval(run=""), Runtime(torch.device("cpu"), "fp64", 1), np.arange(80) < 20
-    one, other = (
-        linear_eval.evaluate(v.clone(), v.clone(), dataset, dataset, held, settings, runtime, "trained")
-        for v in (x, 1000 * x * torch.arange(1, 6) + 7)
-    )
+    x, dataset = toy(np.arange(80) % 2)
+    one, other = (evaluate_toy(v, dataset, dataset) for v in (x, 1000 * x * torch.arange(1, 6) + 7))
     assert [t["iterations"] for t in one["validation"]] == [t["iterations"] for t in other["validation"]]
     assert one["gradient"] == pytest.approx(other["gradient"], rel=1e-4) and one["top1"] == other["top1"]
 
 
 def test_names_of_the_numbers() -> None:
     numbers = np.zeros((3, 4), np.float32)
-    assert linear_eval.number_names(Dataset("spirograph", 3, numbers, None, "")) == list(TARGETS)
+    assert labelled.number_names(Dataset("spirograph", 3, numbers, None, "")) == list(TARGETS)
     other = Dataset("other", 3, numbers[:, :2], None, "")
-    assert linear_eval.number_names(other) == ["number 0", "number 1"]
+    assert labelled.number_names(other) == ["number 0", "number 1"]
 
 
 ERRORS = {
@@ -311,9 +338,12 @@ ERRORS = {
     "no weights": (["{here}/broken.safetensors"], "broken.safetensors can't be read as safetensors"),
     "other weights": (["{here}/wider.safetensors"], "does not hold a resnet18 x 0.125, as it says"),
     "not finite": (["{here}/nan.safetensors", "train={train}", "test={test}"], "representations that are not finite"),
-    "no strength": (["{run}", "l2=[]"], "l2=[] leaves no strength to choose"),
+    "no penalty": (
+        ["{run}", "strengths=[0,1]"],
+        "strengths=[0.0, 1.0] with convention=C holds a penalty without bound",
+    ),
     "no validation": (["{run}", "validation_fraction=0.01"], "validation_fraction=0.01 of 40 training images chooses"),
-    "all validation": (["{run}", "validation_fraction=1"], "chooses l2 on 40 of them and fits to 0"),
+    "all validation": (["{run}", "validation_fraction=1"], "chooses the strength on 40 of them and fits to 0"),
 }
 
 
