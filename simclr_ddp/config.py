@@ -39,7 +39,7 @@ def section(cls: type) -> Any:
 
 LOADERS = ("auto", "ffcv", "torch")
 LOADER_MEANING = "who decodes a .beton file; both give the same pixels, auto takes FFCV where it is installed"
-WORKERS_MEANING = "decoding workers per rank: FFCV's threads, torch's processes; lowered to the cores there are"
+WORKERS_MEANING = "decoders per rank, at most its cores: FFCV threads (at least 1), torch processes (0: in place)"
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """FFCV's Loader with an operation of our own: an image is decoded once, and all its views are cut from it.
 
 FFCV 1.0.2 opens the file, finds the bytes of a sample and compiles the pipeline. Its epoch threads are not used: they
-hang when anything fails, keep memory for three decoded batches, and hand out buffers that are soon overwritten. Here
+hang when anything fails, keep memory for five decoded batches, and hand out buffers that are soon overwritten. Here
 a pool of threads runs the compiled pipeline on parts of a batch, each batch in memory of its own. Crop boxes come with
 the batch, from outside, so nothing random happens here, and the views are those of the torch loader, bit for bit.
 
