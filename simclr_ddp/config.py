@@ -176,6 +176,7 @@ class LinearEval:
     validation_fraction: float = option(0.1, "of the training images, to choose the strength on", low=0, high=1)
     tolerance: float = option(1e-6, "norm of the gradient, relative to zero weights, at which L-BFGS stops", low=0)
     max_iterations: int = option(1000, "of L-BFGS for each strength", low=1)
+    size: int = option(0, "height and width of an image in pixels; 0: the run's data.size", low=0)
     batch_size: int = option(256, "images per forward pass and rank", low=1)
     random_encoder: bool = option(True, "evaluate an untrained encoder of the same kind beside it")
     seed: int = option(0, "of the validation split and the untrained encoder", low=0, high=2**63 - 1)

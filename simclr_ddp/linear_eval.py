@@ -51,6 +51,8 @@ def linear_eval(settings: LinearEval) -> int:
     runtime = setup(settings.device, settings.precision, settings.threads)
     try:
         loaded = load_encoder(settings.run)
+        if settings.size:  # encoders trained on small views see more in larger images (Touvron et al. 2019)
+            loaded = loaded._replace(spec=loaded.spec._replace(size=settings.size))
         train, test = open_labelled({"train": settings.train, "test": settings.test}, loaded)
         held = held_out(settings, train)
         if not os.access(loaded.folder, os.W_OK):

@@ -104,6 +104,15 @@ def test_a_run_is_evaluated_from_end_to_end(
     assert not list(run.glob(".*.tmp"))
 
 
+def test_images_may_be_larger_than_the_views_of_training(run: Path) -> None:
+    """Figures of size=16, the run's own, are those without it; those of size=24 are others and say so."""
+    quick = ("validation_fraction=0.25", "strengths=[0.01]", "random_encoder=false")
+    own, same, larger = (evaluate(run, *quick, *more) for more in ((), ("size=16",), ("size=24",)))
+    assert [r["encoder"]["size"] for r in (own, same, larger)] == [16, 16, 24]
+    own, same, larger = (without_seconds(r["results"])["trained"] for r in (own, same, larger))
+    assert own == same and own["gradient"] != larger["gradient"]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
 def test_representations_are_those_of_the_whole_image_in_order(
     trained: Path, files: dict[str, Path], loader: str, precision: str
