@@ -17,6 +17,7 @@ CIFAR10, IMAGENET = [0.4914, 0.4822, 0.4465], [0.485, 0.456, 0.406]
 PUBLISHED = {
     "cifar10_cpu": (32, 0.5, [0.0, 0.0], CIFAR10, "cifar"),
     "cifar10": (32, 0.5, [0.0, 0.0], CIFAR10, "cifar"),
+    "cifar10_resnet50_1000ep": (32, 0.5, [0.0, 0.0], CIFAR10, "cifar"),
     "cifar100": (32, 0.5, [0.0, 0.0], [0.5071, 0.4865, 0.4409], "cifar"),
     "stl10": (96, 1.0, [0.5, 0.5], [0.4409, 0.4279, 0.3868], "stl"),
     "tiny_imagenet": (64, 1.0, [0.5, 0.5], IMAGENET, "cifar"),
@@ -39,7 +40,8 @@ def test_spirograph_yaml_is_the_defaults() -> None:
 def test_it_loads_and_says_how_it_is_run(path: Path) -> None:
     assert isinstance(make_objective(load(path)), KernelInfoNCE)
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any("# Command:" in line for line in head) and any("# Data:" in line for line in head)
+    for entry in ("Data", "Command", "Recipe", "Hardware", "Metric"):
+        assert any(line.startswith(f"# {entry}:") for line in head), f"{path.name} has no line `# {entry}:`"
     command = next(line for line in head if "# Command:" in line)
     assert path.name in command or path.stem == "spirograph"
 
