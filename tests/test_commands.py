@@ -1,5 +1,6 @@
 """Commands end to end on small generated data, and what the README says of them."""
 
+import importlib
 import json
 import re
 import sys
@@ -12,6 +13,7 @@ from launch import demo
 from simclr_ddp import linear_eval, pretrain, write_dataset
 from simclr_ddp.metrics import read_metrics
 from tests import processes
+from tests.conftest import write_images
 from tests.processes import ROOT
 from tests.test_resume import settings
 
@@ -83,8 +85,30 @@ def test_a_compiled_run_gives_the_losses_of_a_plain_one(ranks: int, images: Path
 
 
 def test_the_readmes_loop_runs_as_written() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    block = re.findall(r"```python\n(.*?)```", section("The objective, in your own loop"), re.S)[0]
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_readmes_walk_through_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands in its order, on small images and for two steps."""
+    text = section("A folder of your own")
+    write_images(tmp_path / "photos", 130, size=40)
+    write_images(tmp_path / "photos-test", 12, size=40, seed=1)
+    monkeypatch.chdir(tmp_path)
+    Path("photos.yaml").write_text(re.findall(r"```yaml\n(.*?)```", text, re.S)[0])
+    commands = re.findall(r"^    python -m simclr_ddp\.(\w+) ([^#\n]*)", text, re.M)
+    shorter = {"pretrain": ["data.size=32", "optim.steps=2", "optim.epochs=1"], "visualize": ["maps=pca"]}
+    assert [name for name, _ in commands].count("pretrain") == 2
+    for name, arguments in commands:
+        module = importlib.import_module(f"simclr_ddp.{name}")
+        assert module.main([*arguments.split(), *shorter.get(name, [])]) == 0, (name, arguments)
+    assert {p.name for p in Path("runs/photos").iterdir()} >= {"encoder.safetensors", "linear_eval.json", "figures"}
+    exec(compile(re.findall(r"```python\n(.*?)```", text, re.S)[0], "README.md", "exec"), {})
+
+
+def section(title: str) -> str:
+    """The README's text from that heading to the next."""
+    return README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
 def test_the_readmes_commands_exist() -> None:
