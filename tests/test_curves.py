@@ -65,6 +65,6 @@ def test_many_points_get_a_moving_average() -> None:
 
 
 def test_the_curves_of_a_real_run() -> None:
-    text = (ROOT / "benchmarks" / "results" / "cifar10_cpu" / "metrics.jsonl").read_text()
+    text = (ROOT / "benchmarks" / "results" / "cifar10_cpu" / "seed0" / "metrics.jsonl").read_text()
     found = panels(curves([json.loads(line) for line in text.splitlines()], "cifar10_cpu", 6.0))
     assert len(found) == 4 and len(found["loss"].lines) == 3
