@@ -10,6 +10,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,45 @@ def replace_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save(folder: Path, state: dict[str, Any], step: int, keep_last: int) -> Path:
-    """Write step-NNNNNNNN.pt and point `latest` at it; then drop all but the newest keep_last. Rank 0 only."""
+def save(
+    folder: Path,
+    state: dict[str, Any],
+    step: int,
+    keep_last: int,
+    keep: Callable[[int], bool] = lambda step: False,
+) -> Path:
+    """Write step-NNNNNNNN.pt and point `latest` at it; then drop all but the newest keep_last. Rank 0 only.
+
+    keep  (step of a checkpoint) -> whether it stays for good
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     replace_atomically(path, lambda temporary: torch.save(state, temporary))
     _point_latest_at(path)
     for old in all_steps(folder)[:-keep_last]:
-        old.unlink()
+        if not keep(int(old.stem.removeprefix("step-"))):
+            old.unlink()
     return path
+
+
+def trial_write(folder: Path, size: int) -> str:
+    """Write and drop a file of that many bytes where checkpoints will be; what is wrong, in a sentence, or ""."""
+    trial = folder / ".trial.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with trial.open("wb", buffering=0) as file:
+            for first in range(0, size, 1 << 20):
+                file.write(bytes(min(size - first, 1 << 20)))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return (
+            f"a checkpoint of {size / 1e6:,.0f} MB can't be written to {folder} ({error.strerror}): "
+            "make room there, or run_dir=... takes another place"
+        )
+    finally:
+        with suppress(OSError):  # what kept it from being written may keep it from being dropped
+            trial.unlink(missing_ok=True)
+    return ""
 
 
 def all_steps(folder: Path) -> list[Path]:

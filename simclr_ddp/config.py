@@ -133,6 +133,7 @@ class Checkpoint:
     every_steps: int = option(500, "save every so many steps; 0: never by steps", low=0)
     every_minutes: float = option(10.0, "save every so many minutes; 0: never by time", low=0)
     keep_last: int = option(2, "checkpoints to keep", low=1)
+    keep_every_epochs: int = option(0, "besides, save and keep one every so many epochs; 0: none", low=0)
 
 
 @dataclass
@@ -160,6 +161,15 @@ class Pretrain:
     resume: Resume = section(Resume)
     checkpoint: Checkpoint = section(Checkpoint)
     log: Log = section(Log)
+
+
+@dataclass
+class Replay:
+    dump: str = option(MISSING, "dumps/step-N.pt in a run directory")
+    train: str = option("", "training images, where their file has moved; empty: the run's data.train")
+    device: str = option("auto", "auto takes CUDA where there is one", ("auto", "cuda", "cpu"))
+    precision: str = option("", "another than the run's", ("", "bf16", "fp16", "fp32", "fp64"))
+    threads: int = option(0, "CPU threads per rank; 0 shares the cores among the ranks here", low=0, high=1024)
 
 
 @dataclass

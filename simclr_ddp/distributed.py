@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from inspect import signature
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -133,7 +133,7 @@ def gather(z: Tensor) -> Tensor:
     return _Gather.apply(z) if world_size() > 1 else z
 
 
-def fail_together(message: str) -> None:
+def fail_together(message: str) -> NoReturn:
     """End all ranks over a fault that all have seen: rank 0 raises ValueError with the message, the others exit."""
     if not is_main():
         time.sleep(1)  # a launcher ends all ranks when the first exits, and rank 0 has something to say

@@ -18,19 +18,27 @@ from simclr_ddp.config import Log, short_hash
 class MetricsLog:
     """Append-only metrics.jsonl with its W&B and TensorBoard mirrors; on rank 0 only.
 
-    Lines after `resume_step`, and a half-written last line, are cut off: every step is there once, in order.
+    Lines after `resume_step`, and a half-written last line, are cut off: every step is there once, in order. Lines
+    that the disk has no room for wait in memory, with one warning, and are written once there is.
     """
 
     def __init__(self, run_dir: Path, resume_step: int, log: Log, config: dict[str, Any]) -> None:
         self._path = run_dir / "metrics.jsonl"
         _cut(self._path, resume_step)
-        self._file = self._path.open("a")
+        self._file = self._path.open("ab", buffering=0)
+        self._waiting = b""
         self._wandb = _wandb_run(run_dir, config) if log.wandb else None
         self._tensorboard = _tensorboard_writer(run_dir, resume_step) if log.tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        warned = bool(self._waiting)
+        self._waiting += json.dumps(line).encode() + b"\n"
+        fault = self._write_waiting()
+        if fault is not None and not warned:
+            warn(
+                f"{self._path} can't be written ({fault.strerror}): its lines are kept in memory, and no checkpoint is "
+                "saved, until it can; make room"
+            )
         numbers = {k: v for k, v in line.items() if k != "step"}
         if self._wandb is not None:
             self._wandb.log(numbers, step=line["step"])
@@ -38,9 +46,20 @@ class MetricsLog:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, line["step"])
 
-    def sync(self) -> None:
-        """Bring what is written to the disk, before a checkpoint that counts on it."""
+    def _write_waiting(self) -> OSError | None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            return error
+        return None
+
+    def sync(self) -> bool:
+        """Bring all lines to the disk, before a checkpoint that counts on them; False if it has no room."""
+        if self._write_waiting() is not None:
+            return False
         os.fsync(self._file.fileno())
+        return True
 
     def close(self) -> None:
         self._file.close()

@@ -33,9 +33,10 @@ from simclr_ddp.guard import LearningRateGuard, loss_warning
 from simclr_ddp.info_nce import KernelInfoNCE
 from simclr_ddp.metrics import MetricsLog
 from simclr_ddp.optim import set_learning_rate
-from simclr_ddp.report import Reporter
+from simclr_ddp.report import Reporter, StepFailed
 from simclr_ddp.run import Plan, find_checkpoint, identity, locked, make_plan, record_start
 from simclr_ddp.runtime import Runtime, setup
+from simclr_ddp.saver import Saver
 from simclr_ddp.state import State
 
 PAUSED = 75
@@ -61,10 +62,18 @@ def pretrain(settings: Pretrain) -> int:
             state = State(settings, runtime, dataset, saved)
             if not saved:
                 cli.say(f"weights: {state.loaded}")
+            folder, size = plan.run_dir / "checkpoints", state.saved_bytes()
+            fault = distributed.from_main(checkpoint.trial_write(folder, size) if distributed.is_main() else "")
+            if fault:
+                distributed.fail_together(fault)
             if distributed.is_main():
                 (plan.run_dir / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier end, if any
                 record_start(settings, runtime, plan, start)
-            return train(settings, runtime, dataset, plan, state, objective, augment, start)
+            try:
+                return train(settings, runtime, dataset, plan, state, objective, augment, start)
+            except StepFailed as failed:
+                told = dump(failed, settings, plan, state, identity(settings, runtime, dataset))
+                distributed.fail_together(f"{failed}; {told}")
     finally:
         distributed.stop()
 
@@ -216,22 +225,40 @@ def make_parallel(settings: Pretrain, runtime: Runtime, state: State) -> nn.Modu
 
 def make_saver(settings: Pretrain, plan: Plan, state: State, report: Reporter, agreed: dict) -> Callable[..., None]:
     """save(step, now=False): on rank 0 write a checkpoint if one is due, by steps or by the clock, or `now`."""
-    every = settings.checkpoint
-    last = time.monotonic()
+    folder, device = plan.run_dir / "checkpoints", next(state.model.parameters()).device
+    saver = Saver(folder, settings.checkpoint, plan.steps_per_epoch, device)
 
     def save(step: int, now: bool = False) -> None:
-        nonlocal last
-        by_steps = every.every_steps and step % every.every_steps == 0
-        by_time = every.every_minutes and time.monotonic() - last > 60 * every.every_minutes
-        due = now or (step < plan.total_steps and (by_steps or by_time))
-        if not distributed.is_main() or not due or not report.flush():
+        due = now or (step < plan.total_steps and saver.due(step))
+        if not distributed.is_main() or not due:
             return
-        saved = {"step": step, "identity": agreed, "config": config.plain(settings)}
-        saved |= {"world_size": distributed.world_size()} | state.to_save()
-        checkpoint.save(plan.run_dir / "checkpoints", saved, step, every.keep_last)
-        last = time.monotonic()
+        if report.flush():
+            saved = {"step": step, "identity": agreed, "config": config.plain(settings)}
+            saver.save(saved | {"world_size": distributed.world_size()} | state.to_save(), step)
+            fault = saver.wait() if now else ""
+        else:
+            fault = f"metrics.jsonl in {plan.run_dir} can't be written"
+        if now and fault:
+            raise OSError(
+                f"step {step} is not saved ({fault}): make room, and the same command goes on from the last checkpoint"
+            )
 
     return save
+
+
+def dump(failed: StepFailed, settings: Pretrain, plan: Plan, state: State, agreed: dict) -> str:
+    """Write what it takes to repeat a step that failed, on rank 0; says where."""
+    path = plan.run_dir / "dumps" / f"step-{failed.step:08d}.pt"
+    if distributed.is_main():
+        saved = {"step": failed.step - 1, "identity": agreed, "config": config.plain(settings)}
+        saved |= {"failed": {"loss": failed.loss, "gradient_norm": failed.gradient_norm}}
+        saved |= {"world_size": distributed.world_size()} | state.to_save()
+        try:
+            path.parent.mkdir(exist_ok=True)
+            checkpoint.replace_atomically(path, lambda temporary: torch.save(saved, temporary))
+        except (OSError, RuntimeError) as error:
+            return f"{path}, to replay it, could not be written ({' '.join(str(error).split())[:100]})"
+    return f"python -m simclr_ddp.replay {path} repeats the step"
 
 
 def encoder_metadata(settings: Pretrain, step: int) -> dict[str, str]:

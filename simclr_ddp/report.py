@@ -42,6 +42,18 @@ class LateReader:
         return self._tag, self._host.tolist()
 
 
+class StepFailed(ValueError):
+    """The loss or gradient of a step is not finite; all ranks raise it, one step later."""
+
+    def __init__(self, step: int, loss: float, gradient_norm: float, learning_rate: float) -> None:
+        super().__init__(
+            f"step {step}: loss {loss:g}, gradient norm {gradient_norm:g}, learning rate {learning_rate:g}: it "
+            "diverges; a lower optim.base_learning_rate, a higher loss.temperature or precision=fp32 may help, and the "
+            "same command goes on from the last checkpoint"
+        )
+        self.step, self.loss, self.gradient_norm = step, loss, gradient_norm
+
+
 class Reporter:
     """Takes each step's vector [loss, top1, stop, gradient norm], equal on all ranks, and acts on it a step later.
 
@@ -90,14 +102,13 @@ class Reporter:
         pending[0]["line"].update(values)
 
     def flush(self) -> bool:
-        """Write the line of the step pushed last, and bring all lines to the disk; False if its values are not finite.
+        """Write the line of the step pushed last, and bring all lines to the disk.
 
-        A checkpoint needs the lines of all steps it holds, and must not hold a step that failed.
+        False if its values are not finite or the disk has no room: a checkpoint needs the lines of all steps it holds,
+        and must not hold a step that failed.
         """
         finite = self._write()
-        if self._log is not None:
-            self._log.sync()
-        return finite
+        return (self._log is None or self._log.sync()) and finite
 
     def epoch_loss(self) -> float:
         """Mean loss of the steps read since the last call."""
@@ -132,11 +143,7 @@ class Reporter:
             return
         tag, (loss, _, stop, gradient_norm) = pending
         if not self._write():
-            distributed.fail_together(
-                f"step {tag['line']['step']}: loss {loss:g}, gradient norm {gradient_norm:g}, learning rate "
-                f"{tag['line']['learning_rate']:g}: it diverges; a lower optim.base_learning_rate, a higher "
-                "loss.temperature or precision=fp32 may help, and the same command goes on from the last checkpoint"
-            )
+            raise StepFailed(tag["line"]["step"], loss, gradient_norm, tag["line"]["learning_rate"])
         self._skipped = 0 if gradient_norm - gradient_norm == 0 else self._skipped + 1
         if self._skipped == MOST_SKIPPED:
             distributed.fail_together(

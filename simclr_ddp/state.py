@@ -45,6 +45,7 @@ class State:
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         if settings.probe.enabled and not classes:
             cli.say("online probe: off, the training images have no classes")
+        self._failed = torch.zeros((), dtype=torch.bool, device=runtime.device)
         if saved:
             self.restore(saved)
 
@@ -55,15 +56,21 @@ class State:
         return global_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
     def step(self, skip: Tensor) -> None:
-        """One update of all optimizers, a no-op on the device where `skip` (0-dim bool) is true.
+        """One update of all optimizers; a no-op on the device once `skip` (0-dim bool) has been true.
 
-        With fp16 the loss scaler decides instead: it skips overflown gradients and lowers the scale.
+        The state then stays that before the failed step until the host, one step late, has seen it. With fp16 the loss
+        scaler decides instead: it skips overflown gradients and lowers the scale.
         """
+        self._failed |= skip
         for optimizer in self.optimizers:
             if not self.scaler.is_enabled():
-                optimizer.found_inf, optimizer.grad_scale = skip.float(), None  # type: ignore[attr-defined]
+                optimizer.found_inf, optimizer.grad_scale = self._failed.float(), None  # type: ignore[attr-defined]
             self.scaler.step(optimizer)
         self.scaler.update()
+
+    def saved_bytes(self) -> int:
+        """At least as many as a checkpoint will have, once the optimizers hold their averages (AdamW two)."""
+        return 3 * sum(t.nbytes for t in self.model.state_dict().values()) + 1_000_000
 
     def to_save(self) -> dict[str, Any]:
         return {

@@ -10,6 +10,7 @@ import torch
 
 from simclr_ddp.config import Log
 from simclr_ddp.metrics import MetricsLog, Progress, _wandb_id, peak_memory_bytes, read_metrics
+from tests.test_saver import files_limited_to
 
 
 def line_of(step: int) -> dict:
@@ -51,6 +52,22 @@ def test_a_half_written_last_line_is_cut_off(ending: str, tmp_path: Path) -> Non
     write(tmp_path, 3, range(4, 6))
     assert [json.loads(text) for text in path.read_text().splitlines()] == [line_of(s) for s in range(1, 6)]
     assert path.read_text().endswith("}\n")
+
+
+def test_lines_wait_while_the_disk_is_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricsLog(tmp_path, 0, Log(), {})
+    log.write({"step": 1, "loss": 0.5})
+    with files_limited_to(40):  # in the middle of the second line
+        for step in (2, 3):
+            log.write({"step": step, "loss": 0.25})
+        assert not log.sync()
+    told = capsys.readouterr().err
+    assert told.count("warning") == 1 and "metrics.jsonl can't be written" in told
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    assert log.sync() and [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    log.write({"step": 4, "loss": 0.125})
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_no_metrics_yet(tmp_path: Path) -> None:

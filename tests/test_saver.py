@@ -1,0 +1,110 @@
+"""Saving beside training: copies of one moment, what stays, and disks that are full."""
+
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from simclr_ddp import checkpoint, saver
+from simclr_ddp.config import Checkpoint
+from simclr_ddp.saver import Saver
+from tests.test_checkpoint import assert_is, names, state_of
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """A file that grows beyond so many bytes is an OSError, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_checkpoint_holds_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, write = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *arguments: (asked.append(state["step"]), write(*arguments)))
+    saving = Saver(tmp_path, Checkpoint(keep_last=3), 10, CPU)
+    state = state_of(7)
+    saving.save(state, 7)
+    for tensor in (state["model"]["a.weight"], state["optimizers"][0]["state"][0]["momentum_buffer"]):
+        tensor.zero_()  # the next step, before or after the thread has written
+    assert saving.wait() == "" and len(asked) == 1
+    assert_is(checkpoint.load(tmp_path / "step-00000007.pt"), 7)
+
+
+def test_the_thread_may_be_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on while a checkpoint is written; the next one waits for it, so they are written in order."""
+    order, write, go = [], checkpoint.save, threading.Event()
+
+    def slow(folder: Path, state: dict, step: int, *more: object) -> None:
+        order.append(f"begin {step}")
+        assert go.wait(10)
+        write(folder, state, step, *more)  # type: ignore[arg-type]
+        order.append(f"end {step}")
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    saving = Saver(tmp_path, Checkpoint(), 10, CPU)
+    saving.save(state_of(1), 1)
+    assert names(tmp_path) == [], "the caller has its state back before anything is written"
+    go.set()
+    saving.save(state_of(2), 2)
+    assert saving.wait() == "" and order == ["begin 1", "end 1", "begin 2", "end 2"]
+    assert names(tmp_path) == ["latest", "step-00000001.pt", "step-00000002.pt"]
+
+
+def test_when_one_is_due(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = [100.0]
+    monkeypatch.setattr(saver.time, "monotonic", lambda: now[0])
+    every = Checkpoint(every_steps=20, every_minutes=10, keep_every_epochs=3)
+    saving = Saver(tmp_path, every, 5, CPU)
+    assert [step for step in range(1, 61) if saving.due(step)] == [15, 20, 30, 40, 45, 60]
+    now[0] += 601
+    assert saving.due(1) and saving.due(2)
+    saving.save(state_of(1), 1)
+    assert not saving.due(2), "the clock begins again with every checkpoint"
+    saving.wait()
+    never = Saver(tmp_path, Checkpoint(every_steps=0, every_minutes=0), 5, CPU)
+    now[0] += 1e6
+    assert not any(never.due(step) for step in range(1, 100))
+
+
+def test_those_of_every_third_epoch_stay(tmp_path: Path) -> None:
+    saving = Saver(tmp_path, Checkpoint(keep_last=2, keep_every_epochs=3), 5, CPU)
+    for step in range(5, 65, 5):
+        saving.save(state_of(step), step)
+    saving.wait()
+    assert [p.name for p in checkpoint.all_steps(tmp_path)] == [f"step-{s:08d}.pt" for s in (15, 30, 45, 55, 60)]
+
+
+def test_a_full_disk_is_told_and_the_next_one_is_tried(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    saving = Saver(tmp_path, Checkpoint(keep_last=1), 10, CPU)
+    saving.save(state_of(1), 1)
+    assert saving.wait() == ""
+    with files_limited_to(1000):
+        saving.save(state_of(2), 2)
+        assert saving.wait()
+    told = capfd.readouterr().err
+    assert told.startswith("warning: the checkpoint of step 2 could not be written") and "training goes on" in told
+    assert names(tmp_path) == ["latest", "step-00000001.pt"], "the one before is kept, nothing half is left"
+    assert_is(checkpoint.load(tmp_path / "step-00000001.pt"), 1)
+    saving.save(state_of(3), 3)
+    assert saving.wait() == "" and capfd.readouterr().err == ""
+    assert names(tmp_path) == ["latest", "step-00000003.pt"]
+
+
+def test_room_is_tried_before_training(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    assert checkpoint.trial_write(folder, 3_000_000) == "" and names(folder) == []
+    with files_limited_to(1_500_000):
+        told = checkpoint.trial_write(folder, 3_000_000)
+    assert "a checkpoint of 3 MB can't be written" in told and "run_dir=" in told and names(folder) == []
+    (tmp_path / "file").touch()
+    assert "can't be written" in checkpoint.trial_write(tmp_path / "file" / "checkpoints", 10)
