@@ -18,6 +18,10 @@ FLAGS = {
 }
 
 
+# In the errors of a collective whose other ranks have gone.
+LOST = re.compile(r"Connection (closed|reset|refused)|Broken pipe|NCCL|[Gg]loo")
+
+
 def main_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -57,23 +61,30 @@ def run(command: Callable[[Any], int | None], cls: type, usage: str, about: str,
     except (ValueError, OSError) as error:
         if debug:
             traceback.print_exc()
-        _report(str(error))
+        _report(str(error), alone=isinstance(error, ConnectionError))
         return 2
-    except RuntimeError as error:  # a collective whose other ranks have gone has no class of its own
-        if debug or not re.search(r"Connection (closed|reset|refused)|Broken pipe|NCCL|[Gg]loo", str(error)):
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            _report(
+                f"out of GPU memory ({str(error)[:80]} ...): more processes, a smaller optim.global_batch_size or "
+                "data.size, or precision=bf16 takes less; simclr_ddp.doctor predicts it"
+            )
+            return 2
+        if debug or LOST.search(str(error)) is None:
             raise
         _report(f"lost the other ranks ({str(error)[:80]} ...): the one that ended first says why")
         return 1
 
 
-def _report(message: str) -> None:
+def _report(message: str, alone: bool = False) -> None:
     """One line on stderr. Before the ranks have met all find the same fault, and rank 0 tells it.
 
-    Later one may be alone with it and has to tell; but rank 0 first, since the launcher ends all when one exits.
+    Later one may be alone with it and has to tell, as it has if rank 0 is the one that did not come; but rank 0 first,
+    since the launcher ends all when one exits.
     """
     where = ""
     if not main_rank():
-        if not getattr(sys.modules.get("simclr_ddp.distributed"), "met", False):
+        if not alone and not getattr(sys.modules.get("simclr_ddp.distributed"), "met", False):
             return
         time.sleep(1)
         where = f"rank {os.environ['RANK']}: "

@@ -144,6 +144,11 @@ class Log:
 
 
 @dataclass
+class Debug:
+    check_ranks_every: int = option(0, "compare the bits of all parameters among the ranks every so many steps", low=0)
+
+
+@dataclass
 class Pretrain:
     name: str = option("spirograph", "begins the name of the run directory; a config file's name by default")
     seed: int = option(0, "of weights, order and augmentation", low=0, high=2**63 - 1)
@@ -151,6 +156,7 @@ class Pretrain:
     device: str = option("auto", "auto takes CUDA where there is one", ("auto", "cuda", "cpu"))
     precision: str = option("auto", "auto: bf16 where the processor has it", ("auto", "bf16", "fp16", "fp32", "fp64"))
     threads: int = option(0, "CPU threads per rank; 0 shares the cores among the ranks here", low=0, high=1024)
+    timeout: float = option(600, "seconds after which ranks that are silent, or don't move, end the run", low=3)
     compile: bool = option(False, "torch.compile the model")
     data: Data = section(Data)
     model: Model = section(Model)
@@ -161,6 +167,32 @@ class Pretrain:
     resume: Resume = section(Resume)
     checkpoint: Checkpoint = section(Checkpoint)
     log: Log = section(Log)
+    debug: Debug = section(Debug)
+
+
+@dataclass
+class Parity:
+    ranks: list[int] = option([2, 4], "numbers of processes to compare with one", low=2)
+    images: int = option(16, "of the batch that they share, instead of optim.global_batch_size", low=4)
+    steps: int = option(3, "of training, at full learning rate", low=1)
+    loss: str = option("", "package.module:Class of another loss of two views, instead of the config's run")
+    arguments: list[str] = option([], "name=value, to make that loss with")
+
+
+@dataclass
+class Verify(Pretrain):
+    verify: Parity = section(Parity)
+
+
+@dataclass
+class Examination:
+    ranks: int = option(0, "processes of the run on this machine; 0: one a GPU, or one", low=0)
+    steps: int = option(10, "of a trial that tells how long the run will take; 0: no trial", low=0)
+
+
+@dataclass
+class Doctor(Pretrain):
+    doctor: Examination = section(Examination)
 
 
 @dataclass
@@ -223,8 +255,8 @@ class Visualize:
 
 
 # What can be changed without changing the parameters that come out.
-HARMLESS = ("name", "run_dir", "device", "threads", "compile", "data.test", "data.loader", "data.workers")
-HARMLESS_SECTIONS = ("resume.", "checkpoint.", "log.")
+HARMLESS = ("name", "run_dir", "device", "threads", "timeout", "compile", "data.test", "data.loader", "data.workers")
+HARMLESS_SECTIONS = ("resume.", "checkpoint.", "log.", "debug.")
 
 
 def options(cls: type, prefix: str = "") -> dict[str, Any]:

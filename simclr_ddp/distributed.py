@@ -19,15 +19,84 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ARRIVAL = 120.0  # seconds that the ranks wait for each other at the start
 met = False  # whether this process has been one of several ranks; stays so after `stop`
+_address: tuple[str, int] | None = None  # of the store that all ranks have met at
+place: dict[str, Any] = {"step": 0, "count": 0, "what": "the start", "patient": False}  # where this rank is: see `note`
 
 
-def start(device: torch.device) -> None:
-    """Join the process group that torchrun described, if it did: NCCL on CUDA, gloo on CPU."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
-        global met
+def start(device: torch.device, limit: float = 600) -> None:
+    """Join the process group that torchrun's variables describe, if they do: NCCL on CUDA, gloo on CPU.
+
+    limit  seconds after which a rank that does not come to a collective is given up: twice that by the collective
+           itself, since the watch, which can name the rank, comes first. At the start two minutes are the most.
+
+    Raises ConnectionError in one sentence if the ranks can't meet.
+    """
+    global met
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and not dist.is_initialized():
+        store = dist.PrefixStore("group", _meet(size, min(limit, ARRIVAL)))
+        backend, longest = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=2 * limit)
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=size, timeout=longest)
         met = True
+
+
+def start_here(rank: int, size: int, file: str) -> None:
+    """Join a gloo group of processes of this machine that meet in a file."""
+    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=size, timeout=timedelta(minutes=10))
+
+
+def _meet(size: int, limit: float) -> dist.Store:
+    """The store of all ranks, once all have come to it."""
+    global _address
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the launcher does
+    within = timedelta(seconds=limit)
+    try:
+        store = dist.TCPStore(
+            address, port, size, is_master=serves, timeout=within, wait_for_workers=False, multi_tenant=True
+        )
+    except RuntimeError as error:
+        does = "opened" if serves else "reached"
+        raise ConnectionError(
+            f"the ranks can't meet at {address}:{port}, which rank {rank()} has not {does} ({str(error)[:120]}): "
+            "--master-addr and --master-port, or MASTER_ADDR and MASTER_PORT, name a free port of rank 0's machine"
+        ) from error
+    _address = (address, port)
+    place = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    place.set(f"here/{rank()}", "")
+    everyone = [f"here/{r}" for r in range(size)]
+    try:
+        place.wait(everyone, within)
+    except RuntimeError as error:
+        try:
+            missing = [str(r) for r, key in enumerate(everyone) if not place.check([key])]
+        except RuntimeError:  # rank 0 has given up first, and the store is gone with it
+            missing = ["another"]
+        raise ConnectionError(
+            f"rank {', '.join(missing[:8])}{' ...' * (len(missing) > 8)} of {size} did not come to {address}:{port} "
+            f"within {limit:.0f} s: start all {size} processes, each with its own RANK"
+        ) from error
+    return place
+
+
+def note(what: str, step: int | None = None) -> None:
+    """Remember what this rank does next, for the watch to tell."""
+    place["what"], place["count"] = what, place["count"] + 1
+    if step is not None:
+        place["step"] = step
+
+
+def watch_store() -> dist.Store | None:
+    """A connection of its own to the store of the ranks, for them to tell each other where they are.
+
+    None where the process group was made by others: nothing is known of its store.
+    """
+    if world_size() == 1 or _address is None:
+        return None
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"watch/{attempt}", dist.TCPStore(*_address, is_master=False))
 
 
 def stop() -> None:
@@ -57,6 +126,7 @@ def is_main() -> bool:
 
 def barrier() -> None:
     if world_size() > 1:
+        note("a barrier")
         dist.barrier()
 
 
@@ -67,7 +137,9 @@ def while_main_works() -> Iterator[None]:
     Its group is of gloo, whose waiting costs no processor and, unlike NCCL's, is not watched.
     """
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world_size() > 1 else None
+    place["patient"] = True
     yield
+    place["patient"] = False
     if isinstance(patient, dist.ProcessGroup):
         dist.barrier(patient)
         dist.destroy_process_group(patient)
@@ -90,8 +162,42 @@ def from_main(value: Any) -> Any:
     buffer = torch.zeros(int(length), dtype=torch.uint8, device=device)
     if is_main():
         buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    note("a broadcast")
     dist.broadcast(buffer, 0)
     return json.loads(bytes(buffer.tolist()))
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank; anything JSON can hold."""
+    if world_size() == 1:
+        return [value]
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    text = json.dumps(value).encode()
+    lengths = torch.zeros(world_size(), dtype=torch.int64, device=device)
+    lengths[rank()] = len(text)
+    all_sum(lengths)
+    buffer = torch.zeros(world_size(), int(lengths.max()), dtype=torch.uint8, device=device)
+    buffer[rank(), : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    rows = all_sum(buffer).tolist()
+    return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths.tolist(), strict=True)]
+
+
+def differing(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors whose bits are not the same on all ranks."""
+    if world_size() == 1:
+        return []
+    low = torch.stack([_digest(t) for t in tensors.values()])
+    high = low.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    return [name for name, same in zip(tensors, (low == high).tolist(), strict=True) if not same]
+
+
+def _digest(values: Tensor) -> Tensor:
+    """0-dim int64: the sum of the values' bits times odd numbers, modulo 2^64; every single flipped bit changes it."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    bits = values.detach().flatten().view(integers).long()
+    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
 
 
 class _Sum(torch.autograd.Function):

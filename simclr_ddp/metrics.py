@@ -5,6 +5,8 @@ import os
 import resource
 import sys
 import time
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from tqdm import tqdm
 from simclr_ddp.cli import warn
 from simclr_ddp.config import Log, short_hash
 
+TAIL = 200  # newest lines that a checkpoint holds, too
+
 
 class MetricsLog:
     """Append-only metrics.jsonl with its W&B and TensorBoard mirrors; on rank 0 only.
@@ -22,9 +26,12 @@ class MetricsLog:
     that the disk has no room for wait in memory, with one warning, and are written once there is.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int, log: Log, config: dict[str, Any]) -> None:
+    def __init__(
+        self, run_dir: Path, resume_step: int, log: Log, config: dict[str, Any], tail: Sequence[str] = ()
+    ) -> None:
+        """tail: the `tail` of the log that wrote the checkpoint, which mends a file that has lost its end."""
         self._path = run_dir / "metrics.jsonl"
-        _cut(self._path, resume_step)
+        self.tail = deque(_cut(self._path, resume_step, tail)[-TAIL:], maxlen=TAIL)
         self._file = self._path.open("ab", buffering=0)
         self._waiting = b""
         self._wandb = _wandb_run(run_dir, config) if log.wandb else None
@@ -32,7 +39,8 @@ class MetricsLog:
 
     def write(self, line: dict[str, Any]) -> None:
         warned = bool(self._waiting)
-        self._waiting += json.dumps(line).encode() + b"\n"
+        self.tail.append(json.dumps(line))
+        self._waiting += self.tail[-1].encode() + b"\n"
         fault = self._write_waiting()
         if fault is not None and not warned:
             warn(
@@ -80,16 +88,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _cut(path: Path, resume_step: int) -> None:
-    if not path.exists():
-        return
-    kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _cut(path: Path, resume_step: int, tail: Sequence[str]) -> list[str]:
+    """Leave the lines up to that step, those of the tail in the place of ones that the file has lost; returns them."""
+    lines = [json.dumps(line) for line in read_metrics(path) if line["step"] <= resume_step]
+    last = json.loads(lines[-1])["step"] if lines else 0
+    lines += [line for line in tail if last < json.loads(line)["step"] <= resume_step]
+    if path.exists() or lines:
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("w") as file:
+            file.writelines(line + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    return lines
 
 
 def _wandb_id(run_dir: Path) -> str:

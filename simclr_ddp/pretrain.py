@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 import torch
 from torch import Tensor, nn
 
-from simclr_ddp import checkpoint, cli, config, distributed
+from simclr_ddp import checkpoint, checks, cli, config, distributed
 from simclr_ddp.augmentations import Augmentation
 from simclr_ddp.config import Pretrain
 from simclr_ddp.data import (
@@ -34,10 +34,11 @@ from simclr_ddp.info_nce import KernelInfoNCE
 from simclr_ddp.metrics import MetricsLog
 from simclr_ddp.optim import set_learning_rate
 from simclr_ddp.report import Reporter, StepFailed
-from simclr_ddp.run import Plan, find_checkpoint, identity, locked, make_plan, record_start
+from simclr_ddp.run import Plan, check_agreement, find_checkpoint, identity, locked, make_plan, record_start
 from simclr_ddp.runtime import Runtime, setup
-from simclr_ddp.saver import Saver
+from simclr_ddp.saver import Saver, dump
 from simclr_ddp.state import State
+from simclr_ddp.watch import watching
 
 PAUSED = 75
 
@@ -48,11 +49,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def pretrain(settings: Pretrain) -> int:
     """Start, or go on with, the run that the settings describe; returns the exit status."""
-    runtime = setup(settings.device, settings.precision, settings.threads)
+    runtime = setup(settings.device, settings.precision, settings.threads, settings.timeout)
     try:
         dataset = open_dataset(settings.data.train, "train")
+        check_agreement(settings, runtime, dataset)
         objective, augment = make_objective(settings), make_augmentation(settings, dataset, runtime)
         plan = make_plan(settings, dataset)
+        checks.at_the_start(settings, plan)
         with locked(plan.run_dir):
             saved = find_checkpoint(plan, identity(settings, runtime, dataset), settings.resume.force)
             start = saved["step"] if saved else 0
@@ -70,9 +73,11 @@ def pretrain(settings: Pretrain) -> int:
                 (plan.run_dir / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier end, if any
                 record_start(settings, runtime, plan, start)
             try:
-                return train(settings, runtime, dataset, plan, state, objective, augment, start)
+                metrics = saved.get("metrics", []) if saved else []
+                return train(settings, runtime, dataset, plan, state, objective, augment, start, metrics)
             except StepFailed as failed:
-                told = dump(failed, settings, plan, state, identity(settings, runtime, dataset))
+                agreed = {"identity": identity(settings, runtime, dataset), "config": config.plain(settings)}
+                told = dump(plan.run_dir, failed, agreed | state.to_save())
                 distributed.fail_together(f"{failed}; {told}")
     finally:
         distributed.stop()
@@ -87,25 +92,32 @@ def train(
     objective: KernelInfoNCE,
     augment: Callable[..., Tensor],
     start: int,
+    metrics: list[str],
 ) -> int:
-    """The training loop, from step `start` to the last; returns the exit status."""
+    """The training loop, from step `start` to the last; returns the exit status.
+
+    metrics  the newest lines of metrics.jsonl up to that step
+    """
     device, n = runtime.device, settings.optim.global_batch_size
     batches = make_batches(settings, dataset, device, range(start, plan.total_steps))
     model = make_parallel(settings, runtime, state)
     guard = LearningRateGuard(state.optimizer, settings.optim.base_learning_rate, plan.peak_learning_rate, start)
-    log = MetricsLog(plan.run_dir, start, settings.log, config.plain(settings)) if distributed.is_main() else None
+    plain = config.plain(settings)
+    log = MetricsLog(plan.run_dir, start, settings.log, plain, metrics) if distributed.is_main() else None
     report = Reporter(log, start, plan.total_steps, n, device, runtime.precision == "fp16")
     save = make_saver(settings, plan, state, report, identity(settings, runtime, dataset))
 
-    with stop_signals() as told_to_stop, closing(batches):
+    with stop_signals() as told_to_stop, watching(settings.timeout), closing(batches):
         for step in range(start, plan.total_steps):
             epoch, last_of_epoch = step // plan.steps_per_epoch, (step + 1) % plan.steps_per_epoch == 0
             due = (step + 1) % settings.log.every_steps == 0 or last_of_epoch or step + 1 == plan.total_steps
             rate = plan.learning_rate(step)
             set_learning_rate(state.optimizer, rate)
+            distributed.note("its data", step + 1)
             with report.waiting():
                 inputs, sample, labels = next(batches)
 
+            distributed.note("forward and backward")
             with runtime.autocast():
                 output = model(augment(inputs, epoch, sample))  # y [V, B, d] raw projections
             loss = objective(output.y[0], output.y[1])  # normalises, gathers, never below float32
@@ -113,6 +125,7 @@ def train(
             state.zero_grad()
             state.scaler.scale(loss + probe_loss).backward()
 
+            distributed.note("the figures of the step")
             top1 = objective.top1(output.y[0], output.y[1]) if due else torch.zeros_like(loss)
             mine = torch.stack([loss.detach(), top1, torch.full_like(loss, told_to_stop())])
             vector = torch.cat([distributed.all_sum(mine) / distributed.world_size(), state.gradient_norm()[None]])
@@ -128,6 +141,8 @@ def train(
                 report.epoch_loss()
             elif step + 1 == plan.warmup_steps + max(plan.steps_per_epoch, 20):
                 cli.warn(loss_warning(report.epoch_loss(), objective, n, settings.optim.name))
+            if settings.debug.check_ranks_every and (step + 1) % settings.debug.check_ranks_every == 0:
+                state.check_ranks(step + 1)
             if report.stop and step + 1 < plan.total_steps:
                 report.act()  # a step that failed is not to be saved
                 save(step + 1, now=True)
@@ -233,7 +248,7 @@ def make_saver(settings: Pretrain, plan: Plan, state: State, report: Reporter, a
         if not distributed.is_main() or not due:
             return
         if report.flush():
-            saved = {"step": step, "identity": agreed, "config": config.plain(settings)}
+            saved = {"step": step, "identity": agreed, "config": config.plain(settings), "metrics": report.tail()}
             saver.save(saved | {"world_size": distributed.world_size()} | state.to_save(), step)
             fault = saver.wait() if now else ""
         else:
@@ -244,21 +259,6 @@ def make_saver(settings: Pretrain, plan: Plan, state: State, report: Reporter, a
             )
 
     return save
-
-
-def dump(failed: StepFailed, settings: Pretrain, plan: Plan, state: State, agreed: dict) -> str:
-    """Write what it takes to repeat a step that failed, on rank 0; says where."""
-    path = plan.run_dir / "dumps" / f"step-{failed.step:08d}.pt"
-    if distributed.is_main():
-        saved = {"step": failed.step - 1, "identity": agreed, "config": config.plain(settings)}
-        saved |= {"failed": {"loss": failed.loss, "gradient_norm": failed.gradient_norm}}
-        saved |= {"world_size": distributed.world_size()} | state.to_save()
-        try:
-            path.parent.mkdir(exist_ok=True)
-            checkpoint.replace_atomically(path, lambda temporary: torch.save(saved, temporary))
-        except (OSError, RuntimeError) as error:
-            return f"{path}, to replay it, could not be written ({' '.join(str(error).split())[:100]})"
-    return f"python -m simclr_ddp.replay {path} repeats the step"
 
 
 def encoder_metadata(settings: Pretrain, step: int) -> dict[str, str]:

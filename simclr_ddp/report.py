@@ -110,6 +110,10 @@ class Reporter:
         finite = self._write()
         return (self._log is None or self._log.sync()) and finite
 
+    def tail(self) -> list[str]:
+        """The newest metric lines, for the checkpoint that counts on them."""
+        return list(self._log.tail) if self._log is not None else []
+
     def epoch_loss(self) -> float:
         """Mean loss of the steps read since the last call."""
         mean = self._loss_sum / max(1, self._loss_count)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from simclr_ddp import checkpoint, cli, config, distributed
@@ -98,6 +99,19 @@ def identity(settings: Pretrain, runtime: Runtime, dataset: Dataset) -> dict[str
     keys = config.result_keys(settings)
     del keys["data.train"]  # a file may move; its fingerprint stays
     return keys | {"precision": runtime.precision, "data fingerprint": dataset.fingerprint}
+
+
+def check_agreement(settings: Pretrain, runtime: Runtime, dataset: Dataset) -> None:
+    """End all ranks if one of them has other settings, versions or data."""
+    mine = identity(settings, runtime, dataset) | {"the version of torch": torch.__version__}
+    first, *others = distributed.from_all(mine)
+    for rank, theirs in enumerate(others, start=1):
+        for key, value in theirs.items():
+            if value != first.get(key):
+                distributed.fail_together(
+                    f"{key} is {first.get(key)} on rank 0, but {value} on rank {rank}: all ranks want the same "
+                    "command, versions and files"
+                )
 
 
 def find_checkpoint(plan: Plan, wanted: dict[str, Any], force: list[str]) -> dict[str, Any] | None:

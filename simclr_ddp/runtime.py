@@ -33,7 +33,7 @@ class Runtime:
         return nullcontext() if low is None else torch.autocast(self.device.type, low)
 
 
-def setup(device: str, precision: str, threads: int) -> Runtime:
+def setup(device: str, precision: str, threads: int, timeout: float = 600) -> Runtime:
     """Choose what `auto` leaves open, set threads and determinism, join the process group.
 
     What was chosen is printed once. The same start on the same kind of machine then computes the same bits:
@@ -54,7 +54,7 @@ def setup(device: str, precision: str, threads: int) -> Runtime:
     if chosen.type == "cpu" and ranks * threads > cores():
         warn(f"{ranks} processes x {threads} threads share {cores()} cores: they will wait for each other")
     resolved = _precision(precision, chosen)
-    distributed.start(chosen)
+    distributed.start(chosen, timeout)
     say(f"running on {distributed.world_size()} x {chosen.type} in {resolved}, {threads} CPU threads a rank")
     return Runtime(chosen, resolved, threads)
 

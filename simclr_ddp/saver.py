@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simclr_ddp import checkpoint, cli
+from simclr_ddp import checkpoint, cli, distributed
 from simclr_ddp.config import Checkpoint
+from simclr_ddp.report import StepFailed
 
 
 class Saver:
@@ -21,16 +22,17 @@ class Saver:
     """
 
     def __init__(self, folder: Path, every: Checkpoint, steps_per_epoch: int, device: torch.device) -> None:
-        self._folder, self._every, self._device = folder, every, device
-        self._keep_steps = every.keep_every_epochs * steps_per_epoch
+        self._folder, self._device = folder, device
+        self._every_steps, self._every_seconds = every.every_steps, 60 * every.every_minutes
+        self._keep_last, self._keep_steps = every.keep_last, every.keep_every_epochs * steps_per_epoch
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
         self._fault = ""
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after so many steps."""
-        by_steps = self._every.every_steps and step % self._every.every_steps == 0
-        by_time = self._every.every_minutes and time.monotonic() - self._last > 60 * self._every.every_minutes
+        by_steps = self._every_steps and step % self._every_steps == 0
+        by_time = self._every_seconds and time.monotonic() - self._last > self._every_seconds
         return bool(by_steps or by_time or self._kept(step))
 
     def _kept(self, step: int) -> bool:
@@ -60,7 +62,7 @@ class Saver:
                 with torch.cuda.stream(torch.cuda.Stream(self._device)):  # beside the steps that go on meanwhile
                     torch.cuda.current_stream().wait_event(ready)
                     state = map_tensors(state, Tensor.cpu)
-            checkpoint.save(self._folder, state, step, self._every.keep_last, self._kept)
+            checkpoint.save(self._folder, state, step, self._keep_last, self._kept)
             self._fault = ""
         except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
             self._fault = " ".join(str(error).split())[:200]
@@ -68,6 +70,24 @@ class Saver:
                 f"the checkpoint of step {step} could not be written to {self._folder} ({self._fault}): training goes "
                 "on and the checkpoint before it stays; make room, the next one is tried when it is due"
             )
+
+
+def dump(run_dir: Path, failed: StepFailed, saved: dict[str, Any]) -> str:
+    """Write what it takes to repeat a step that failed, on rank 0; the sentence that says where, on all ranks.
+
+    saved  the state before that step, the settings, and what a checkpoint must agree in
+    """
+    path = run_dir / "dumps" / f"step-{failed.step:08d}.pt"
+    told = f"`python -m simclr_ddp.replay {path}` repeats the step"
+    if not distributed.is_main():
+        return told
+    saved |= {"step": failed.step - 1, "failed": {"loss": failed.loss, "gradient_norm": failed.gradient_norm}}
+    try:
+        path.parent.mkdir(exist_ok=True)
+        checkpoint.replace_atomically(path, lambda temporary: torch.save(saved, temporary))
+    except (OSError, RuntimeError) as error:
+        return f"{path}, to repeat the step, could not be written ({' '.join(str(error).split())[:100]})"
+    return told
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simclr_ddp import cli
+from simclr_ddp import cli, distributed
 from simclr_ddp.config import Pretrain
 from simclr_ddp.data import Dataset
 from simclr_ddp.model import Encoder, SimCLR, initialize, projection_head
@@ -67,6 +67,16 @@ class State:
                 optimizer.found_inf, optimizer.grad_scale = self._failed.float(), None  # type: ignore[attr-defined]
             self.scaler.step(optimizer)
         self.scaler.update()
+
+    def check_ranks(self, step: int) -> None:
+        """End all ranks if parameters or running statistics, which each computes by itself, are not alike."""
+        names = distributed.differing(self.model.state_dict())
+        if names:
+            distributed.fail_together(
+                f"after step {step} the ranks hold different values of {names[0]}, one of {len(names)} such tensors: "
+                "memory, a GPU or the network is faulty; the same command goes on from the last checkpoint, on other "
+                "hardware if it happens again"
+            )
 
     def saved_bytes(self) -> int:
         """At least as many as a checkpoint will have, once the optimizers hold their averages (AdamW two)."""

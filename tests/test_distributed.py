@@ -331,3 +331,30 @@ def test_settling_leaves_no_trace_and_ddp_averages(ranks: Ranks) -> None:
             assert answer["unchanged"] and answer["no_gradients"]
             torch.testing.assert_close(answer["gradients"], alone["gradients"], rtol=1e-12, atol=1e-12)
     assert alone["gradients"]["0.weight"].abs().max() > 1e-3
+
+
+def told_by_all() -> list:
+    return distributed.from_all({"rank": distributed.rank(), "text": "ü" * distributed.rank()})
+
+
+def test_every_ranks_value_on_every_rank(ranks: Ranks) -> None:
+    wanted = [{"rank": r, "text": "ü" * r} for r in range(4)]
+    assert ranks.run(4, told_by_all) == [wanted] * 4
+    assert distributed.from_all(3) == [3]
+
+
+def differing_after_a_flip(name: str, bit: int, dtype: torch.dtype) -> list[str]:
+    torch.manual_seed(0)
+    tensors = {"a": torch.randn(30, 7).to(dtype), "b": torch.randn(5, 3, 3, 2).to(dtype), "count": torch.tensor(3)}
+    if distributed.rank() == 1 and name:
+        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensors[name].element_size()]
+        tensors[name].view(-1).view(integers)[-1] ^= 1 << bit
+    return distributed.differing(tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_flipped_bit_on_one_rank_is_found_and_named(dtype: torch.dtype, ranks: Ranks) -> None:
+    assert ranks.run(4, differing_after_a_flip, "", 0, dtype) == [[]] * 4
+    assert ranks.run(4, differing_after_a_flip, "b", 0, dtype) == [["b"]] * 4
+    assert ranks.run(2, differing_after_a_flip, "a", 14, dtype) == [["a"]] * 2
+    assert ranks.run(2, differing_after_a_flip, "count", 0, dtype) == [["count"]] * 2

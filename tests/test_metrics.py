@@ -54,6 +54,24 @@ def test_a_half_written_last_line_is_cut_off(ending: str, tmp_path: Path) -> Non
     assert path.read_text().endswith("}\n")
 
 
+def test_lines_that_were_lost_come_back_from_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(tmp_path, 0, Log(), {})
+    for step in range(1, 301):
+        log.write({"step": step, "loss": 1 / step})
+    tail, whole = list(log.tail), path.read_text()
+    log.close()
+    assert len(tail) == 200
+    for left in (len(whole), len(whole) - 7, len(whole) // 2, len(whole) * 2 // 5):
+        path.write_text(whole[:left])
+        MetricsLog(tmp_path, 290, Log(), {}, tail).close()
+        assert path.read_text().splitlines() == whole.splitlines()[:290], left
+    path.unlink()
+    mended = MetricsLog(tmp_path, 290, Log(), {}, tail)
+    assert [line["step"] for line in read_metrics(path)] == list(range(101, 291)), "the newest are all there is"
+    assert [json.loads(line)["step"] for line in mended.tail] == list(range(101, 291))
+
+
 def test_lines_wait_while_the_disk_is_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = MetricsLog(tmp_path, 0, Log(), {})
     log.write({"step": 1, "loss": 0.5})
