@@ -1,0 +1,82 @@
+"""The parity certificate passes what is right, and finds what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simclr_ddp import distributed, verify
+from simclr_ddp.info_nce import KernelInfoNCE
+from tests.test_resume import settings
+
+SMALL = ("verify.images=8", "verify.ranks=[2]", "verify.steps=2", "model.width=0.0625", "optim.base_learning_rate=0.5")
+
+
+class Local(nn.Module):
+    """A published mistake: negatives of this rank alone."""
+
+    def forward(self, y_a: Tensor, y_b: Tensor) -> Tensor:
+        z = nn.functional.normalize(torch.cat([y_a, y_b]), dim=1)
+        similarity = (z @ z.T / 0.5).fill_diagonal_(-torch.inf)
+        positive = torch.arange(len(z)).roll(len(y_a))
+        return nn.functional.cross_entropy(similarity, positive)
+
+
+class OwnSlice(KernelInfoNCE):
+    """Another: gathered, but the gradient of the own slice alone, 1 / W of the right one."""
+
+    def forward(self, y_a: Tensor, y_b: Tensor) -> Tensor:
+        share = 1 / distributed.world_size()
+        return super().forward(*(y * share + y.detach() * (1 - share) for y in (y_a, y_b)))
+
+
+def test_a_config_agrees_and_the_stamp_says_so(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert verify.main([*settings(images, tmp_path / "run"), *SMALL]) == 0
+    record = json.loads((tmp_path / "run" / "parity.json").read_text())
+    assert record["agree"] and record["moved"] > 0.01 and record["tolerance"] == 1e-10
+    assert [row["quantity"] for row in record["rows"]] == [
+        "loss",
+        "gradient of the embeddings",
+        "gradient of the parameters",
+        "parameters after 2 steps",
+    ]
+    assert all(row["ranks"] == 2 and row["difference"] < 1e-10 for row in record["rows"])
+    assert all(row["cosine"] == pytest.approx(1) == row["norm_ratio"] for row in record["rows"])
+    assert "any number of ranks is the same run" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("loss", "status", "ratio"),
+    [
+        ("simclr_ddp:KernelInfoNCE", 0, 1.0),
+        ("tests.test_verify:Local", 1, None),
+        ("tests.test_verify:OwnSlice", 1, 0.5),
+    ],
+)
+def test_losses_of_others_are_judged(
+    loss: str, status: int, ratio: float | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["verify.arguments=[kernel=laplacian,temperature=0.5]"] if "Local" not in loss else []
+    assert verify.main([f"verify.loss={loss}", *arguments, "verify.images=8", "verify.ranks=[2]"]) == status
+    rows = {line[:30].strip(): line[30:].split() for line in capfd.readouterr().out.splitlines()}
+    assert rows["gradient of the parameters"][-1] == ("ok" if status == 0 else "DIFFERENT")
+    if ratio is not None:
+        assert float(rows["gradient of the parameters"][5]) == pytest.approx(ratio, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["verify.ranks=[3]"], "verify.images=16 does not divide among verify.ranks=[3]"),
+        (["verify.loss=nowhere:Loss"], "verify.loss=nowhere:Loss can't be imported"),
+        (["verify.loss=simclr_ddp:Nothing"], "verify.loss=simclr_ddp:Nothing can't be imported"),
+        (["verify.loss=simclr_ddp:KernelInfoNCE", "verify.arguments=[kernel=unknown]"], "unknown"),
+        (["data.train=missing.beton"], "missing.beton"),
+    ],
+)
+def test_mistakes(arguments: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert verify.main(arguments) == 2
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("error:"))
+    assert told in line
