@@ -1,0 +1,238 @@
+"""Will this run, fit and learn, and how long will it take? `python -m simclr_ddp.doctor [CONFIG.yaml] key=value ...`
+
+Each line says ok, warning or error, and the way out. Nothing is trained but ten steps that are thrown away, and nothing
+is written but a file in the run directory that is dropped again. doctor.ranks is the number of processes the run will
+have on this machine. Every start of `pretrain` makes the quick part of these checks by itself. Exit status: 1 where
+there is an error.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from simclr_ddp import checkpoint, cli
+from simclr_ddp.checks import Finding, machine, recipe
+from simclr_ddp.config import Doctor, Pretrain
+from simclr_ddp.data import VIEWS, Dataset, describe_loader, open_dataset, usable_loader, usable_workers
+from simclr_ddp.model import Encoder, SimCLR, projection_head
+from simclr_ddp.pretrain import make_augmentation, make_batches, make_objective
+from simclr_ddp.run import Plan, make_plan
+from simclr_ddp.runtime import Runtime, setup
+from simclr_ddp.state import State
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(doctor, Doctor, "[CONFIG.yaml]", __doc__ or "", argv)
+
+
+def doctor(settings: Doctor) -> int:
+    failed = False
+    for finding in examine(settings):
+        cli.say(f"{finding.level:<8} {finding.text}")
+        failed |= finding.level == "error"
+    return 1 if failed else 0
+
+
+def examine(settings: Doctor) -> Iterator[Finding]:
+    ranks = settings.doctor.ranks or max(1, torch.cuda.device_count())
+    yield from software(settings)
+    yield from machine(settings, ranks)
+    try:
+        dataset = open_dataset(settings.data.train, "train")
+        plan = make_plan(settings, dataset)
+    except (ValueError, OSError) as error:
+        yield Finding("error", str(error))
+        return
+    yield from images(settings, dataset, ranks)
+    yield from batch(settings, ranks)
+    yield from recipe(settings, plan)
+    yield room(settings, plan.run_dir, keep=plan.run_dir.exists())
+    if settings.device != "cpu" and torch.cuda.is_available():
+        yield gpu_memory(settings, ranks)
+    if settings.doctor.steps:
+        yield duration(settings, dataset, plan)
+
+
+def software(settings: Pretrain) -> Iterator[Finding]:
+    names = ("torch", "torchvision", "numpy", "pillow", "numba", "submitit")
+    versions = [f"{name} {_version(name)}" for name in names if _version(name)]
+    yield Finding("ok", f"Python {platform.python_version()}, {', '.join(versions)}")
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler:
+        yield Finding("ok", f"compiler: {compiler}")
+    else:
+        level = "error" if settings.compile else "warning"
+        yield Finding(
+            level, "no C++ compiler: compile=true and building FFCV need one: apt install g++, or conda's gxx"
+        )
+    _, reason = usable_loader("auto")
+    if not reason:
+        yield Finding("ok", f"FFCV {_version('ffcv')} can be imported")
+    else:
+        level = "error" if settings.data.loader == "ffcv" else "warning"
+        instead = "torch's DataLoader decodes, the same pixels about half as fast"
+        yield Finding(level, f"{reason}: {instead}; `make setup` builds FFCV")
+
+
+def images(settings: Doctor, dataset: Dataset, ranks: int) -> Iterator[Finding]:
+    """The data file: whole, of which labels, and what decoding takes."""
+    labels = "no labels" if dataset.labels is None else f"{dataset.class_count} classes"
+    if dataset.labels is not None and not dataset.has_classes:
+        labels = f"{dataset.labels.shape[1]} numbers as labels"
+    yield Finding("ok", f"{dataset.source}: {dataset.count:,} images, {labels}")
+    if dataset.images is None:
+        return
+    wanted = dataset.images.info.get("sha256")
+    with dataset.images.path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if wanted is None:
+        yield Finding("warning", f"{dataset.source} was written by another tool: it has no checksum to compare")
+    elif found == wanted:
+        yield Finding("ok", f"its checksum is right ({found[:16]})")
+    else:
+        yield Finding("error", f"{dataset.source} is damaged, its checksum is wrong: copy or write it again")
+    if dataset.numbers is None:
+        workers = usable_workers(settings.data.workers, ranks)
+        share = settings.optim.global_batch_size // ranks
+        told = describe_loader(dataset.images, settings.data.loader, workers, share, VIEWS, settings.data.size)
+        yield Finding("ok", told)
+
+
+def batch(settings: Pretrain, ranks: int) -> Iterator[Finding]:
+    n = settings.optim.global_batch_size
+    if n % ranks:
+        yield Finding("error", f"optim.global_batch_size={n} does not divide among {ranks} processes: a multiple does")
+    else:
+        yield Finding("ok", f"batch of {n} images, {n // ranks} a process; {2 * n - 2:,} negatives a view")
+
+
+def room(settings: Pretrain, run_dir: Path, keep: bool) -> Finding:
+    """Whether checkpoints fit where they go; the run directory is dropped again unless it is to be kept."""
+    size = (2 + settings.checkpoint.keep_last) * checkpoint_bytes(settings)
+    parents = [p for p in (run_dir, *run_dir.parents) if not p.exists()]
+    fault = checkpoint.trial_write(run_dir, size)
+    if not keep:
+        for folder in parents:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    if fault:
+        return Finding("error", fault)
+    free = shutil.disk_usage(run_dir if run_dir.exists() else Path.cwd()).free
+    return Finding("ok", f"{run_dir} can be written, {free / 1e9:,.1f} GB are free, {size / 1e9:.2f} GB are wanted")
+
+
+def checkpoint_bytes(settings: Pretrain) -> int:
+    """Parameters in float32 with the optimizer's averages."""
+    model = blank_model(settings)
+    averages = 2 if settings.optim.name == "adamw" else 1
+    return 4 * (1 + averages) * sum(p.numel() for p in model.parameters()) + 1_000_000
+
+
+def blank_model(settings: Pretrain) -> SimCLR:
+    """The model without memory, on the meta device."""
+    with torch.device("meta"):
+        encoder = Encoder(settings.model.arch, settings.model.width, settings.model.stem)
+        head = settings.head
+        return SimCLR(encoder, projection_head(head.kind, encoder.width_out, head.layers, head.hidden, head.out))
+
+
+def activation_bytes(settings: Pretrain, low: bool = True) -> int:
+    """What autograd keeps for one view, counted on the meta device; in 16 bits where `low`."""
+    model = blank_model(settings).to(torch.bfloat16 if low else torch.float32)
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def kept(count: int) -> int:
+        sizes: dict[int, int] = {}
+        alive = []  # a storage that is freed may give its address to the next
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in parameters:
+                sizes[storage._cdata] = storage.nbytes()
+                alive.append(tensor)
+            return tensor
+
+        size = settings.data.size
+        views = torch.zeros(1, count, 3, size, size, device="meta", dtype=next(model.parameters()).dtype)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(views)
+        del output
+        return sum(sizes.values())
+
+    return (kept(6) - kept(2)) // 4
+
+
+def gpu_memory(settings: Pretrain, ranks: int) -> Finding:
+    share = settings.optim.global_batch_size // ranks
+    low = settings.precision in ("auto", "bf16", "fp16")
+    views = VIEWS * share * activation_bytes(settings, low)
+    wanted = views + 2 * checkpoint_bytes(settings) + 1_500_000_000  # gradients, averages; libraries and workspace
+    total = torch.cuda.get_device_properties(0).total_memory
+    text = (
+        f"about {wanted / 1e9:.1f} GB of {total / 1e9:.1f} GB of GPU memory, {views / 1e9:.1f} GB of them activations"
+    )
+    if wanted <= total:
+        return Finding("ok", text)
+    return Finding(
+        "warning",
+        f"{text}: more processes, a smaller optim.global_batch_size or data.size, or precision=bf16 takes less",
+    )
+
+
+def duration(settings: Doctor, dataset: Dataset, plan: Plan) -> Finding:
+    """Hours of the whole run, from some steps of one process that are thrown away."""
+    runtime = setup(settings.device, settings.precision, settings.threads)
+    rate = steps_per_second(settings, dataset, runtime)
+    hours = plan.total_steps / rate / 3600
+    images = settings.optim.global_batch_size * rate
+    text = f"{plan.total_steps:,} steps at {images:,.0f} images/s take {hours:.2g} hours on one process"
+    return Finding("ok", f"{text}; several are about as many times as fast")
+
+
+def steps_per_second(settings: Doctor, dataset: Dataset, runtime: Runtime) -> float:
+    count = settings.doctor.steps
+    state = State(settings, runtime, dataset)
+    augment, objective = make_augmentation(settings, dataset, runtime), make_objective(settings)
+    batches = make_batches(settings, dataset, runtime.device, range(count + 2))
+    begin = 0.0
+    with contextlib.closing(batches):
+        for step in range(count + 2):
+            if step == 2:  # the first ones choose algorithms
+                _synchronize(runtime.device)
+                begin = time.perf_counter()
+            inputs, sample, labels = next(batches)
+            with runtime.autocast():
+                output = state.model(augment(inputs, 0, sample))
+            loss = objective(output.y[0], output.y[1])
+            probe_loss = 0 if state.probe is None else state.probe.loss(output.logits, labels, sample)
+            state.zero_grad()
+            state.scaler.scale(loss + probe_loss).backward()
+            state.step(skip=~loss.detach().isfinite())
+    _synchronize(runtime.device)
+    return count / (time.perf_counter() - begin)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The doctor's findings: each kind of trouble is found, named, and has a way out."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from simclr_ddp import checks, config, doctor
+from simclr_ddp.config import Doctor
+from simclr_ddp.data import open_dataset
+from simclr_ddp.run import make_plan
+from tests.test_resume import settings
+from tests.test_saver import files_limited_to
+
+
+def findings(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, list[tuple[str, str]]]:
+    status = doctor.main(arguments)
+    lines = capfd.readouterr().out.splitlines()
+    found = [line.split(None, 1) for line in lines]
+    return status, [(level, text) for level, text in found if level in ("ok", "warning", "error")]
+
+
+def built(*arguments: str) -> Doctor:
+    pairs = (config.parse_override(argument) for argument in arguments)
+    return config.build(Doctor, [("here", dict(pairs))])
+
+
+def test_a_sound_run(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = settings(images, tmp_path / "new" / "run", "doctor.steps=2", "optim.trust_coefficient=0.001")
+    status, found = findings(arguments, capfd)
+    assert status == 0 and not [text for level, text in found if level == "error"]
+    text = "\n".join(text for _, text in found)
+    for part in (
+        f"torch {torch.__version__.split('+')[0]}",
+        "40 images, 2 classes",
+        "its checksum is right",
+        "images are decoded by",
+        "batch of 16 images",
+        "can be written",
+        "24 steps at",
+        "hours on one process",
+    ):
+        assert part in text, part
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_a_damaged_file(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(images.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "bad.beton").write_bytes(data)
+    (tmp_path / "bad.beton.json").write_text(images.with_name("train.beton.json").read_text())
+    status, found = findings(settings(tmp_path / "bad.beton", tmp_path / "run", "doctor.steps=0"), capfd)
+    assert status == 1 and any("is damaged, its checksum is wrong" in text for level, text in found if level == "error")
+
+
+@pytest.mark.parametrize(
+    ("more", "level", "told"),
+    [
+        ("doctor.ranks=3", "error", "optim.global_batch_size=16 does not divide among 3 processes"),
+        ("optim.base_learning_rate=0.0001", "warning", "LARS at a learning rate of 0.0001"),
+        ("optim.name=sgd,optim.base_learning_rate=30", "warning", "SGD at a learning rate of 30"),
+        ("loss.temperature=0.001", "warning", "loss.temperature=0.001 is NT-Xent at 0.001"),
+        ("loss.kernel=gaussian,loss.temperature=10", "warning", "loss.temperature=10 is NT-Xent at 5"),
+        ("data.workers=1000", "warning", "data.workers=1000 for each of"),
+        ("data.train=missing.beton", "error", "missing.beton"),
+        ("optim.global_batch_size=64", "error", "holds 40 images, fewer than"),
+    ],
+)
+def test_troubles(
+    more: str, level: str, told: str, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status, found = findings([*settings(images, tmp_path / "run", "doctor.steps=0"), *more.split(",")], capfd)
+    assert any(told in text for found_level, text in found if found_level == level), found
+    assert status == (1 if level == "error" else 0)
+
+
+def test_no_room(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with files_limited_to(100_000):
+        status, found = findings(settings(images, tmp_path / "run", "doctor.steps=0"), capfd)
+    assert status == 1 and any("can't be written" in text for level, text in found if level == "error")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        found = list(checks.machine(built("device=cpu"), ranks=2))
+    assert any(f"port {port} is in use" in finding.text for finding in found if finding.level == "warning")
+
+
+def test_a_start_prints_only_what_is_amiss(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for more, expected in (((), ""), (("optim.base_learning_rate=0.0001",), "warning: LARS at")):
+        wanted = built(*settings(images, tmp_path / "run", "data.workers=0", "optim.trust_coefficient=0.001"), *more)
+        checks.at_the_start(wanted, make_plan(wanted, open_dataset(str(images), "train")))
+        assert capfd.readouterr().err.startswith(expected)
+
+
+@pytest.mark.parametrize(("arch", "size", "stem"), [("resnet18", 32, "cifar"), ("resnet50", 64, "imagenet")])
+def test_activations_are_counted_without_memory(arch: str, size: int, stem: str) -> None:
+    """Against the bytes that autograd really keeps, in float32."""
+    wanted = built(f"model.arch={arch}", "model.width=0.25", f"model.stem={stem}", f"data.size={size}")
+    predicted = doctor.activation_bytes(wanted, low=False)
+    from simclr_ddp.model import Encoder, SimCLR, projection_head
+
+    encoder = Encoder(arch, 0.25, stem)
+    model = SimCLR(encoder, projection_head("nonlinear", encoder.width_out))
+    own = {p.data_ptr() for p in model.parameters()}
+    kept = []
+    for count in (2, 6):
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            if tensor.data_ptr() not in own:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(torch.randn(1, count, 3, size, size))
+        kept.append(sum(sizes.values()))
+    assert predicted == pytest.approx((kept[1] - kept[0]) / 4, rel=0.02)
