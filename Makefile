@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 # "system" for the installed one; a folder such as $CONDA_PREFIX; "no" builds none.
 FFCV ?=
 
-.PHONY: demo test test-slow test-all check format setup peers lock clean
+.PHONY: demo test test-slow test-all chaos check format setup peers lock clean
 
 demo: setup
 	.venv/bin/python -m launch.demo
@@ -18,6 +18,10 @@ test-slow: setup
 	.venv/bin/python -m pytest -m slow
 
 test-all: test test-slow
+
+# A hundred faults over two training runs, on 2 and on 4 ranks: about half an hour.
+chaos: setup
+	.venv/bin/python -m tests.chaos --faults 50 --ranks 2 4 --out benchmarks/results/chaos.json
 
 check: setup
 	.venv/bin/ruff check .

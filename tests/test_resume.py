@@ -70,8 +70,8 @@ def assert_same_run(run_dir: Path, unbroken: Path) -> None:
 @pytest.mark.parametrize(
     ("loader", "ranks", "precision"),
     [
-        ("ffcv", 4, "fp32"),
         ("torch", 1, "bf16"),
+        pytest.param("ffcv", 4, "fp32", marks=pytest.mark.slow),
         pytest.param("torch", 4, "fp32", marks=pytest.mark.slow),
         pytest.param("ffcv", 1, "fp16", marks=pytest.mark.slow),
     ],
