@@ -42,7 +42,7 @@ def machine(settings: Pretrain, ranks: int) -> Iterator[Finding]:
     workers = usable_workers(settings.data.workers, ranks)
     if settings.data.workers > workers:
         yield Finding(
-            "warning",
+            "ok",
             f"data.workers={settings.data.workers} for each of {ranks} processes, but only {cores()} cores may be used "
             f"here: {workers} are taken; a launcher's --cpus-per-task or a wider mask gives more",
         )
@@ -56,7 +56,8 @@ def machine(settings: Pretrain, ranks: int) -> Iterator[Finding]:
                 "more: docker run --shm-size=8g, or --ipc=host",
             )
     port = os.environ.get("MASTER_PORT", "29500")
-    if ranks > 1 and "TORCHELASTIC_RUN_ID" not in os.environ and not _free(int(port)):
+    alone = distributed.world_size() == 1  # else the ranks have met already, perhaps there
+    if ranks > 1 and alone and "TORCHELASTIC_RUN_ID" not in os.environ and not _free(int(port)):
         yield Finding("warning", f"port {port} is in use: torchrun --standalone, or --master-port=... takes another")
 
 

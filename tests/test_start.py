@@ -65,6 +65,6 @@ def test_a_port_that_is_taken(port: int, images: Path, tmp_path: Path) -> None:
 
 def test_ranks_with_other_settings_or_data_are_told(port: int, images: Path, tmp_path: Path) -> None:
     same, other = settings(images, tmp_path / "run"), settings(images, tmp_path / "run", "loss.temperature=0.3")
-    statuses, told = errors([start_rank(0, 2, port, same, 30), start_rank(1, 2, port, other, 30)])
+    statuses, told = errors([start_rank(0, 2, port, same, 60), start_rank(1, 2, port, other, 60)])
     assert statuses == [2, 2] and len(told) == 1
     assert "loss.temperature is 0.2 on rank 0, but 0.3 on rank 1" in told[0]
