@@ -64,8 +64,10 @@ class Saver:
                     state = map_tensors(state, Tensor.cpu)
             checkpoint.save(self._folder, state, step, self._keep_last, self._kept)
             self._fault = ""
-        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-            self._fault = " ".join(str(error).split())[:200]
+        except (
+            Exception
+        ) as error:  # torch.save makes a RuntimeError of a full disk; no fault may end the thread unheard
+            self._fault = " ".join(str(error).split())[:200] or type(error).__name__
             cli.warn(
                 f"the checkpoint of step {step} could not be written to {self._folder} ({self._fault}): training goes "
                 "on and the checkpoint before it stays; make room, the next one is tried when it is due"

@@ -58,7 +58,7 @@ class Watch:
         """Say goodbye: the others no longer expect a heartbeat."""
         self._stopped.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(5)  # a store whose machine has gone may never answer
 
     def first_to_tell(self) -> bool:
         """Whether no other rank has asked this before."""
