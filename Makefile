@@ -19,7 +19,7 @@ test-slow: setup
 
 test-all: test test-slow
 
-# A hundred faults over two training runs, on 2 and on 4 ranks: about half an hour.
+# A hundred faults over two training runs, on 2 and on 4 ranks: by estimate half an hour or more.
 chaos: setup
 	.venv/bin/python -m tests.chaos --faults 50 --ranks 2 4 --out benchmarks/results/chaos.json
 
