@@ -57,7 +57,7 @@ def pretrain(settings: Pretrain) -> int:
         plan = make_plan(settings, dataset)
         checks.at_the_start(settings, plan)
         with locked(plan.run_dir):
-            saved = find_checkpoint(plan, identity(settings, runtime, dataset), settings.resume.force)
+            saved = find_checkpoint(plan, settings, identity(settings, runtime, dataset))
             start = saved["step"] if saved else 0
             if start >= plan.total_steps and (plan.run_dir / "encoder.safetensors").exists():
                 cli.say(f"{plan.run_dir} is finished ({start} steps); run_dir=... starts another run")

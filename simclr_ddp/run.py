@@ -50,6 +50,8 @@ def make_plan(settings: Pretrain, dataset: Dataset) -> Plan:
             f"optim.warmup_epochs={optim.warmup_epochs:g} is {warmup} steps, the run has {total}: the learning rate "
             "never reaches its peak; warm up for less, or train for longer"
         )
+    if "/" in settings.name:
+        raise ValueError(f"name={settings.name} leads to another folder: a name without / is wanted, or run_dir=...")
     name = f"{settings.name}-{config.short_hash(config.result_keys(settings))}"
     return Plan(
         run_dir=Path(distributed.from_main(settings.run_dir or str(Path("runs") / name))),
@@ -114,11 +116,15 @@ def check_agreement(settings: Pretrain, runtime: Runtime, dataset: Dataset) -> N
                 )
 
 
-def find_checkpoint(plan: Plan, wanted: dict[str, Any], force: list[str]) -> dict[str, Any] | None:
+def find_checkpoint(plan: Plan, settings: Pretrain, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The newest valid checkpoint of the run directory, on every rank; None if there is none.
 
-    Raises ValueError naming the keys in which it differs from the settings, unless resume.force names them.
+    wanted  what it must agree in: `identity`
+
+    Raises ValueError naming the keys in which it differs, unless resume.force names them; other settings that differ
+    are printed.
     """
+    force = settings.resume.force
     unknown = [key for key in force if key not in wanted]
     if unknown:
         raise ValueError(f"resume.force={unknown} names no option that a checkpoint is compared in: --help lists them")
@@ -145,6 +151,11 @@ def find_checkpoint(plan: Plan, wanted: dict[str, Any], force: list[str]) -> dic
             )
         if then != now:
             cli.say(f"resume.force: {key} changes from {then} to {now}")
+    before = config.dotted(saved["config"])
+    for key, now in config.dotted(settings).items():
+        if key in wanted or key == "run_dir" or key.startswith("resume.") or before.get(key) == now:
+            continue
+        cli.say(f"{key} changes from {before.get(key)} to {now}")
     if saved["world_size"] != distributed.world_size():
         cli.say(f"the run was on {saved['world_size']} ranks and goes on with {distributed.world_size()}")
     cli.say(f"going on from {folder / name}")

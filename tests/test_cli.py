@@ -234,8 +234,15 @@ def test_another_config_in_the_run_directory(images: Path, tmp_path: Path, capfd
     assert run(*small(images, run_dir, "optim.steps=4", "optim.weight_decay=1e-3", "resume.force=[optim.steps]")) == 2
     assert "optim.weight_decay" in only_error(capfd)
     forced = "resume.force=[optim.steps,optim.weight_decay]"
-    assert run(*small(images, run_dir, "optim.steps=4", "optim.weight_decay=1e-3", forced)) == 0
-    assert "resume.force: optim.steps changes from 2 to 4" in capfd.readouterr().out
+    harmless = ("checkpoint.keep_last=7", "log.every_steps=3")
+    assert run(*small(images, run_dir, "optim.steps=4", "optim.weight_decay=1e-3", forced, *harmless)) == 0
+    told = capfd.readouterr().out.splitlines()
+    assert [line for line in told if "changes from" in line] == [
+        "resume.force: optim.steps changes from 2 to 4",
+        "resume.force: optim.weight_decay changes from 1e-06 to 0.001",
+        "checkpoint.keep_last changes from 2 to 7",
+        "log.every_steps changes from 10 to 3",
+    ]
     assert read_metrics(run_dir / "metrics.jsonl")[-1]["step"] == 4
 
 
