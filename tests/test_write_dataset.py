@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -501,11 +502,13 @@ def test_cifar10_by_name(tmp_path: Path, write: Write, monkeypatch: pytest.Monke
 
     def download(url: str, root: str, filename: str, md5: str) -> None:
         downloads.append(md5)
-        cifar10(Path(root) / "cifar-10-batches-py")
+        with tarfile.open(Path(root) / filename, "w:gz") as archive:
+            archive.add(cifar10(tmp_path / "original"), "cifar-10-batches-py")
 
     from torchvision.datasets import utils
 
-    monkeypatch.setattr(utils, "download_and_extract_archive", download)
+    Path("datasets").mkdir()
+    monkeypatch.setattr(utils, "download_url", download)
     assert write("cifar10", images=3).count == 3
     assert downloads == ["c58f30108f718f92721af3b95e74349a"]
     monkeypatch.setattr(utils, "check_integrity", lambda path, md5: path.is_file())
@@ -515,9 +518,30 @@ def test_cifar10_by_name(tmp_path: Path, write: Write, monkeypatch: pytest.Monke
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no route")
 
-    monkeypatch.setattr(utils, "download_and_extract_archive", fail)
+    monkeypatch.setattr(utils, "download_url", fail)
     with pytest.raises(OSError, match=r"can't be downloaded \(no route\): fetch and extract it elsewhere"):
         write_dataset.write_dataset("cifar100", tmp_path / "y.beton")
+
+
+@pytest.mark.parametrize("name", ["../proof", "{folder}/proof"])
+def test_an_archive_can_not_write_outside_its_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "datasets").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+
+    def download(url: str, root: str, filename: str, md5: str) -> None:
+        with tarfile.open(Path(root) / filename, "w:gz") as archive:
+            member = tarfile.TarInfo(name.format(folder=tmp_path))
+            member.size = 4
+            archive.addfile(member, io.BytesIO(b"evil"))
+
+    from torchvision.datasets import utils
+
+    monkeypatch.setattr(utils, "download_url", download)
+    with pytest.raises(OSError, match="can't be downloaded"):
+        write_dataset.write_dataset("cifar10", tmp_path / "y.beton")
+    assert not list(tmp_path.rglob("proof"))
 
 
 # --- Spirograph
