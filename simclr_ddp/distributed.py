@@ -6,6 +6,7 @@ function here returns its input: the same code runs on one process.
 
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 ARRIVAL = 120.0  # seconds that the ranks wait for each other at the start
 met = False  # whether this process has been one of several ranks; stays so after `stop`
-_address: tuple[str, int] | None = None  # of the store that all ranks have met at
+_met_at: tuple[str, int, str] | None = None  # address and port of the store that all ranks have met at, and its part
 place: dict[str, Any] = {"step": 0, "count": 0, "what": "the start", "patient": False}  # where this rank is: see `note`
 
 
@@ -49,7 +50,7 @@ def start_here(rank: int, size: int, file: str) -> None:
 
 def _meet(size: int, limit: float) -> dist.Store:
     """The store of all ranks, once all have come to it."""
-    global _address
+    global _met_at
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the launcher does
     within = timedelta(seconds=limit)
@@ -63,22 +64,44 @@ def _meet(size: int, limit: float) -> dist.Store:
             f"the ranks can't meet at {address}:{port}, which rank {rank()} has not {does} ({str(error)[:120]}): "
             "--master-addr and --master-port, or MASTER_ADDR and MASTER_PORT, name a free port of rank 0's machine"
         ) from error
-    _address = (address, port)
-    place = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    place.set(f"here/{rank()}", "")
-    everyone = [f"here/{r}" for r in range(size)]
+    token = _token(store, size, within)
+    _met_at = (address, port, token)
+    return dist.PrefixStore(token, store)
+
+
+def _token(store: dist.Store, size: int, within: timedelta) -> str:
+    """A name for this start that rank 0 draws, once all ranks know it.
+
+    torchrun's store outlives a start, and its TORCHELASTIC_RESTART_COUNT differs between nodes of which one has seen
+    a failure and the other only a new member: what an earlier start has left must not be taken for this one's.
+    """
+    token, end = "", time.monotonic() + within.total_seconds()
     try:
-        place.wait(everyone, within)
-    except RuntimeError as error:
-        try:
-            missing = [str(r) for r, key in enumerate(everyone) if not place.check([key])]
-        except RuntimeError:  # rank 0 has given up first, and the store is gone with it
-            missing = ["another"]
-        raise ConnectionError(
-            f"rank {', '.join(missing[:8])}{' ...' * (len(missing) > 8)} of {size} did not come to {address}:{port} "
-            f"within {limit:.0f} s: start all {size} processes, each with its own RANK"
-        ) from error
-    return place
+        if rank() == 0:
+            token = secrets.token_hex(4)
+            store.set(f"{token}/here/0", "")
+            store.set("start", token)
+        while time.monotonic() < end:
+            if rank() == 0:
+                if store.check([f"{token}/here/{r}" for r in range(size)]):
+                    store.set("start", "")  # nobody may come to it later
+                    store.set(f"{token}/all", "")
+                    return token
+            elif store.check(["start"]) and (now := store.get("start").decode()) not in ("", token):
+                token = now
+                store.set(f"{token}/here/{rank()}", "")
+            elif token and store.check([f"{token}/all"]):
+                return token
+            time.sleep(0.02)
+        missing = [r for r in range(size) if not store.check([f"{token}/here/{r}"])] if token else [0]
+    except RuntimeError:  # rank 0 has given up first, and the store is gone with it
+        missing = []
+    shown = ", ".join(map(str, missing[:8])) + " ..." * (len(missing) > 8) or "another"
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    raise ConnectionError(
+        f"rank {shown} of {size} did not come to {address}:{port} within {within.total_seconds():.0f} s: start all "
+        f"{size} processes, each with its own RANK"
+    )
 
 
 def note(what: str, step: int | None = None) -> None:
@@ -93,10 +116,10 @@ def watch_store() -> dist.Store | None:
 
     None where the process group was made by others: nothing is known of its store.
     """
-    if world_size() == 1 or _address is None:
+    if world_size() == 1 or _met_at is None:
         return None
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"watch/{attempt}", dist.TCPStore(*_address, is_master=False))
+    address, port, token = _met_at
+    return dist.PrefixStore(f"{token}/watch", dist.TCPStore(address, port, is_master=False))
 
 
 def stop() -> None:
