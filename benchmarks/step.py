@@ -59,18 +59,18 @@ FLAGS = {"--ranks": "", "--rounds": "10", "--steps": "10", "--out": "benchmarks/
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    flags, rest = take_flags(arguments)
+    flags, rest = take_flags(arguments, FLAGS)
     command = partial(benchmark, flags=flags, arguments=rest)
     return cli.run(command, Pretrain, "[CONFIG.yaml]", __doc__ or "", rest)
 
 
-def take_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The flags of this command with their values, and all other arguments."""
-    flags, rest = dict(FLAGS), []
+def take_flags(arguments: list[str], known: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The known flags of a command with their values, given or not, and all other arguments."""
+    flags, rest = dict(known), []
     words = iter(arguments)
     for word in words:
         name, equals, value = word.partition("=")
-        if name in FLAGS:
+        if name in known:
             flags[name] = value if equals else next(words, "")
         else:
             rest.append(word)

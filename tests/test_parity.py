@@ -130,6 +130,31 @@ def test_float32_starts_alike(images: Path, ranks: Ranks, tmp_path: Path) -> Non
     assert relative_difference(gradients[1], gradients[0]) < 1e-3
 
 
+@pytest.mark.slow
+def test_float32_goes_on_with_another_number_of_ranks_within_the_spread_of_rounding(
+    images: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Runs that differ only in their threads tell how far rounding alone carries the loss."""
+    options = ("precision=fp32", "model.width=0.25", "data.size=32", "optim.base_learning_rate=0.05")
+
+    def losses(name: str, *more: str) -> torch.Tensor:
+        train(settings(images, tmp_path / name, *options, *more))
+        return torch.tensor([line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")])
+
+    one, *others = [losses(f"threads{count}", f"threads={count}") for count in (1, 2, 3, 4)]
+    spread = torch.stack(others).sub(one).abs().amax()
+    assert spread > 0, "rounding differs"
+    for before, after in ((1, 4), (4, 1), (2, 4)):
+        first, second = tmp_path / f"on{before}", tmp_path / f"from{before}on{after}"
+        ranks.run(before, train, settings(images, first, *options))
+        (second / "checkpoints").mkdir(parents=True)
+        shutil.copy(first / "metrics.jsonl", second)
+        shutil.copy(first / "checkpoints" / f"step-{STEPS // 2:08d}.pt", second / "checkpoints")
+        ranks.run(after, train, settings(images, second, *options))
+        found = torch.tensor([line["loss"] for line in read_metrics(second / "metrics.jsonl")])
+        assert len(found) == STEPS and (found - one).abs().amax() <= 2 * spread, (before, after, spread, found - one)
+
+
 def test_settings_of_this_file_are_known(images: Path, tmp_path: Path) -> None:
     overrides = dict(config.parse_override(text) for text in settings(images, tmp_path))
     assert config.build(config.Pretrain, [("here", overrides)]).precision == "fp64"
