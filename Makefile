@@ -6,18 +6,22 @@ TORCH_INDEX ?=
 # "system" for the installed one; a folder such as $CONDA_PREFIX; "no" builds none.
 FFCV ?=
 
-.PHONY: demo test test-slow test-all chaos check format setup peers lock clean
+.PHONY: demo test test-slow test-slurm test-all chaos check format setup peers lock clean
 
 demo: setup
 	.venv/bin/python -m launch.demo
 
 test: setup
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest -m "not slow and not slurm"
 
 test-slow: setup
-	.venv/bin/python -m pytest -m slow
+	.venv/bin/python -m pytest -m "slow and not slurm"
 
-test-all: test test-slow
+# On a real SLURM, which SIMCLR_SLURM_DIR stands for; without one they are skipped.
+test-slurm: setup
+	.venv/bin/python -m pytest -m slurm
+
+test-all: test test-slow test-slurm
 
 # A hundred faults over two training runs, on 2 and on 4 ranks: by estimate half an hour or more.
 chaos: setup

@@ -38,21 +38,31 @@ def warn(text: str | None) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def run(command: Callable[[Any], int | None], cls: type, usage: str, about: str, argv: list[str] | None = None) -> int:
+def run(
+    command: Callable[[Any], int | None],
+    cls: type,
+    usage: str,
+    about: str,
+    argv: list[str] | None = None,
+    flags: dict[str, str] | None = None,
+) -> int:
     """Parse the arguments of a command into its config, run it, and return the exit status.
 
     usage  names its positional arguments in order, for example "[CONFIG.yaml]" or "SOURCE OUT"; a name in capitals
            fills the option of that name in lower case, CONFIG.yaml is a file of options.
+    flags  the command's own, with their meanings; it looks for them itself
     A ValueError or OSError is the user's: one line on stderr and status 2.
     """
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments
+    own = flags or {}
+    known = FLAGS | own
     try:
         if "--help" in arguments or "-h" in arguments:
-            say(_help(cls, usage, about))
+            say(_help(cls, usage, about, known))
             return 0
-        settings = _parse(arguments, cls, usage)
-        if "--dry-run" in arguments:
+        settings = parse(arguments, cls, usage, known)
+        if "--dry-run" in arguments and "--dry-run" not in own:
             say(config.to_yaml(settings))
             return 0
         return command(settings) or 0
@@ -91,13 +101,14 @@ def _report(message: str, alone: bool = False) -> None:
     print(f"error: {where}{' '.join(message.split())} (--debug shows where)", file=sys.stderr, flush=True)
 
 
-def _parse(arguments: list[str], cls: type, usage: str) -> Any:
+def parse(arguments: list[str], cls: type, usage: str, flags: dict[str, str] = FLAGS) -> Any:
+    """The config that a command makes of its arguments; ValueError in one sentence."""
     positional, overrides = [], {}
     for argument in arguments:
-        if argument in FLAGS:
+        if argument in flags:
             continue
         if argument.startswith("-"):
-            raise ValueError(f"unknown flag {argument}: {', '.join(FLAGS)} are known; options are written key=value")
+            raise ValueError(f"unknown flag {argument}: {', '.join(flags)} are known; options are written key=value")
         if re.match(r"[a-z_][a-z0-9_.]*=", argument):
             key, value = config.parse_override(argument)
             overrides[key] = value
@@ -115,8 +126,8 @@ def _parse(arguments: list[str], cls: type, usage: str) -> Any:
     return config.build(cls, [*layers, ("the command line", overrides)])
 
 
-def _help(cls: type, usage: str, about: str) -> str:
-    flags = "\n".join(f"  {flag:<12} {meaning}" for flag, meaning in FLAGS.items())
+def _help(cls: type, usage: str, about: str, known: dict[str, str]) -> str:
+    flags = "\n".join(f"  {flag:<14} {meaning}" for flag, meaning in known.items())
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name} " if spec else ""
     return f"{about.strip()}\n\nusage: {program}{usage} [key=value ...]\n\n{flags}\n\noptions:\n{config.help_text(cls)}"

@@ -377,6 +377,13 @@ def short_hash(values: dict[str, Any]) -> str:
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def default_run_dir(settings: Pretrain) -> Path:
+    """Where a training run lies: the same settings are the same run. ValueError for a name that leads elsewhere."""
+    if "/" in settings.name:
+        raise ValueError(f"name={settings.name} leads to another folder: a name without / is wanted, or run_dir=...")
+    return Path(settings.run_dir or f"runs/{settings.name}-{short_hash(result_keys(settings))}")
+
+
 def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 

@@ -50,11 +50,8 @@ def make_plan(settings: Pretrain, dataset: Dataset) -> Plan:
             f"optim.warmup_epochs={optim.warmup_epochs:g} is {warmup} steps, the run has {total}: the learning rate "
             "never reaches its peak; warm up for less, or train for longer"
         )
-    if "/" in settings.name:
-        raise ValueError(f"name={settings.name} leads to another folder: a name without / is wanted, or run_dir=...")
-    name = f"{settings.name}-{config.short_hash(config.result_keys(settings))}"
     return Plan(
-        run_dir=Path(distributed.from_main(settings.run_dir or str(Path("runs") / name))),
+        run_dir=Path(distributed.from_main(str(config.default_run_dir(settings)))),
         steps_per_epoch=steps,
         total_steps=total,
         warmup_steps=warmup,

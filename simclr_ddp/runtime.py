@@ -110,6 +110,9 @@ def describe(runtime: Runtime) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
+    noted = Path(__file__).parent.parent / "COMMIT"  # of a snapshot that a job runs (launch.snapshot)
+    if noted.is_file():
+        return noted.read_text().strip() or None
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -48,6 +48,7 @@ def without_ffcv(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "usable_loader", lambda _: ("torch", "FFCV can't be imported (it is not here)"))
 
 
+@pytest.mark.slow
 def test_a_run_without_ffcv(
     folder: Path, tmp_path: Path, without_ffcv: None, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,7 +70,7 @@ def assert_same_run(run_dir: Path, unbroken: Path) -> None:
 @pytest.mark.parametrize(
     ("loader", "ranks", "precision"),
     [
-        ("torch", 1, "bf16"),
+        pytest.param("torch", 1, "bf16", marks=pytest.mark.slow),
         pytest.param("ffcv", 4, "fp32", marks=pytest.mark.slow),
         pytest.param("torch", 4, "fp32", marks=pytest.mark.slow),
         pytest.param("ffcv", 1, "fp16", marks=pytest.mark.slow),

@@ -1,0 +1,146 @@
+"""What each task of a job does: one rank of a command, in a process of its own, with torchrun's variables.
+
+SLURM sends its warning (USR1: the time limit or a preemption comes), or SIGTERM, to the tasks of the job. The command
+saves and ends with status 75; the task then ends with 0 and leaves a note, on which the batch script queues the
+job again (see launch.slurm). The handler of the signals only remembers them and passes them on.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from submitit.helpers import TorchDistributedEnvironment
+
+from launch import meeting
+
+PAUSED = 75  # exit status of a command that was told to stop, and has saved
+REQUEUED = "scontrol requeue"  # SIGTERM alone; if the batch script survives it, it was a preemption
+
+
+@dataclass(frozen=True)
+class Job:
+    command: list[str]  # module and arguments
+    folder: Path  # of logs, snapshots and notes, on a file system that all nodes share
+    progress: Path  # a file whose content changes as the command gets on
+    gpus: int  # that each node was asked for
+    time_limit: float  # seconds
+    warning: float  # seconds before it at which SLURM tells
+    arrival: float  # seconds that the nodes wait for each other
+
+
+def run(job: Job) -> None:
+    """One rank from start to end; exits with the command's status, or with 0 if it is to go on later."""
+    told: list[int] = []
+    child: list[subprocess.Popen[bytes]] = []
+
+    def handle(number: int, _: object) -> None:
+        told.append(number)
+        for process in child:
+            process.send_signal(signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, handle)
+    began, start = time.monotonic(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    os.environ.pop("MASTER_PORT", None)  # of the shell that submitted; submitit's is a function of the job's id
+    ranks = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    job_id, node = ranks._job_env.raw_job_id, ranks._job_env.hostnames[ranks._job_env.node]
+    note, main = job.folder / f"{job_id}.again", ranks.rank == 0
+    try:
+        if ranks.local_rank == 0:
+            _check_gpus(job.gpus, node)
+        _meet(job, ranks, job.folder / f"{job_id}-{start}.address", lambda: bool(told))
+    except ConnectionAbortedError:
+        return _pause(note, "told to stop before the ranks had met", main)
+    except (OSError, ValueError) as error:
+        _fail(str(error), 1)
+    before = _read(job.progress)
+    if main:
+        _record_start(job, job_id, start, list(ranks._job_env.hostnames), _reason(note, job_id, start))
+    child.append(subprocess.Popen([sys.executable, "-m", *job.command]))
+    if told:
+        child[0].send_signal(signal.SIGTERM)
+    status = child[0].wait()
+    if status == PAUSED or (told and status):
+        limit = signal.SIGUSR1 in told and time.monotonic() - began > job.time_limit - job.warning - 60
+        if limit and main and _read(job.progress) == before:
+            _fail(f"the time limit, minutes={job.time_limit / 60:.0f}, came before anything was saved: raise it", 1)
+        reason = "time limit" if limit else "preemption" if signal.SIGUSR1 in told else REQUEUED
+        return _pause(note, reason, main)
+    if status:
+        _fail(f"rank {ranks.rank} on {node}: {job.command[0]} ended with status {status}", max(status, 1))
+    return None
+
+
+def _check_gpus(wanted: int, node: str) -> None:
+    """ValueError if torch does not see the GPUs that the job has asked for: it would go on, slowly, without them."""
+    if not wanted:
+        return
+    counting = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    told = subprocess.run(counting, stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
+    if told != str(wanted):
+        raise ValueError(
+            f"torch sees {told or 'no'} GPUs of the {wanted} of {node}: look at nvidia-smi and at the driver there; "
+            f"exclude={node} does without it"
+        )
+
+
+def _meet(job: Job, ranks: Any, file: Path, stop: Callable[[], bool]) -> None:
+    """Make MASTER_ADDR and MASTER_PORT those of a free port that every node reaches."""
+    nodes = list(ranks._job_env.hostnames)
+    if ranks.rank == 0:
+        for old in job.folder.glob(f"{ranks._job_env.raw_job_id}-*.address"):
+            old.unlink()
+        address = nodes[0] if len(nodes) > 1 else "127.0.0.1"
+        port = meeting.host(file, address, ranks.master_port, nodes, job.arrival, stop)
+    else:
+        connect = ranks.local_rank == 0
+        address, port = meeting.join(file, nodes[ranks._job_env.node], connect, job.arrival, stop)
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+
+
+def _record_start(job: Job, job_id: str, start: int, nodes: list[str], after: str) -> None:
+    line: dict[str, Any] = {"job": job_id, "start": start, "after": after, "nodes": nodes}
+    line |= {name.lower(): os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")}
+    line |= {"code": Path(__file__).parent.parent.name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    with (job.folder / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _reason(note: Path, job_id: str, start: int) -> str:
+    """Why the start before this one ended."""
+    noted = _read(note)
+    note.unlink(missing_ok=True)
+    if start == 0:
+        return "submission"
+    asked = ["sacct", "-X", "-n", "-P", "--duplicates", "-o", "State", "-j", job_id]
+    states = []
+    if shutil.which("sacct"):  # not in every container
+        with suppress(OSError, subprocess.SubprocessError):
+            states = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n")
+    named = {"NODE_FAIL": "node failure", "PREEMPTED": "preemption"}
+    known = [named[state] for state in states[start - 1 : start] if state in named]
+    return (known or [noted or REQUEUED])[0]
+
+
+def _pause(note: Path, reason: str, main: bool) -> None:
+    if main:
+        note.write_text(reason)
+        print(f"paused ({reason}): the job is queued again", flush=True)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _read(path: Path) -> str:
+    return path.read_text().strip() if path.is_file() else ""

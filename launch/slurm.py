@@ -1,0 +1,358 @@
+"""Any command as a SLURM job: `python -m launch.slurm configs/slurm/NAME.yaml [key=value ...] -- COMMAND`
+
+COMMAND is a module and its arguments, for example `simclr_ddp.pretrain configs/pretrain/NAME.yaml seed=1`; each GPU (or
+task) is one of its ranks. The job runs a copy of the code and of its config file, made now, in `slurm/` of the run
+directory, where logs, and when and why it started, are, too. Before its time limit, when it is preempted, after a node
+failure and on `scontrol requeue` it is queued again and goes on where it was saved. Exit status: 0 submitted (with
+--wait: finished), 2 settings or SLURM's refusal, else (with --wait) that of the job.
+"""
+
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from launch import job, snapshot, template
+from simclr_ddp import cli, config
+from simclr_ddp.config import Pretrain, option
+
+FLAGS = {
+    "--wait": "follow the log of the job, and exit as it does; Ctrl-C leaves the job alone",
+    "--local": "run the command on this machine, without SLURM",
+    "--dry-run": "print the sbatch script, and submit nothing",
+    "--print-sbatch": "print an sbatch script that starts torchrun, for use without this command",
+}
+POLL = 3.0  # seconds between two looks at a job
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
+ENDED |= {"DEADLINE", "REVOKED", "UNKNOWN"}
+
+
+@dataclass
+class Slurm:
+    name: str = option("simclr", "of the job; a config file's name by default")
+    nodes: int = option(1, "number of nodes", low=1)
+    gpus_per_node: int = option(0, "each is a rank; 0: ranks on CPUs", low=0)
+    tasks_per_node: int = option(0, "ranks of a node; 0: one a GPU, or one", low=0)
+    cpus_per_task: int = option(8, "cores of a rank: data.workers and one more", low=1)
+    memory_gb: int = option(0, "of a node; 0: the partition's default", low=0)
+    minutes: int = option(60, "time limit of a start; the job is queued again, and goes on", low=1)
+    warning_seconds: int = option(120, "before it, SLURM tells the job to save; more for large models", low=1)
+    arrival_seconds: int = option(300, "that the nodes wait for each other at a start", low=1)
+    partition: str = option("", "of the cluster, as `sinfo` lists them; empty: its default")
+    account: str = option("", "who pays")
+    qos: str = option("", "quality of service")
+    constraint: str = option("", "features that nodes must have, for example a100")
+    exclude: str = option("", "nodes not to use")
+    dependency: str = option("", "for example afterok:123")
+    comment: str = option("", "for the accounting")
+    setup: list[str] = option([], "lines of shell before the command, for example [module load cuda]")
+    environment: list[str] = option([], "NAME=value, for example [NCCL_DEBUG=INFO]")
+    interface: str = option("", "network of NCCL and gloo between the nodes, for example ib0")
+    container: str = option("", "image for srun's --container-image (pyxis); its python3 runs, or what python names")
+    srun: list[str] = option([], "more arguments of srun, for example [--container-mounts=/data:/data]")
+    python: list[str] = option([], "for example [apptainer, exec, --nv, IMAGE, python3]; empty: this Python")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job to be: what it runs, and where it keeps what."""
+
+    command: list[str]  # as the user gave it
+    run_dir: Path
+    folder: Path  # of logs, snapshots and notes
+    files: dict[Path, bytes]  # of the snapshot
+    code: Path  # where that goes
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    own, command = arguments[:cut], arguments[cut + 1 :]
+    again = shlex.join(["python", "-m", "launch.slurm", *arguments])
+
+    def launch(settings: Slurm) -> int:
+        return _launch(settings, command, {a for a in own if a in FLAGS}, again)
+
+    return cli.run(launch, Slurm, "[CONFIG.yaml]", __doc__ or "", own, FLAGS)
+
+
+def _launch(settings: Slurm, command: list[str], flags: set[str], again: str) -> int:
+    _check_settings(settings)
+    if "--print-sbatch" in flags:
+        ranks, exports = tasks_per_node(settings), chosen_variables(settings)
+        cli.say(template.text(settings, command or ["simclr_ddp.pretrain", "CONFIG.yaml"], ranks, exports))
+        return 0
+    plan = make_plan(command)
+    if "--local" in flags:
+        return _run_here(settings, plan)
+    if "--dry-run" in flags:
+        cli.say(script(settings, plan))
+        return 0
+    job_id = submit(settings, plan)
+    log = plan.folder / f"{job_id}_0_log.out"
+    ranks = settings.nodes * tasks_per_node(settings)
+    cli.say(f"job {job_id}: {command[0]} on {settings.nodes} nodes, {ranks} ranks, run directory {plan.run_dir}")
+    cli.say(f"its log:   tail -F {shlex.quote(str(log))}   (rank 0's; the others' are beside it)")
+    cli.say(f"cancel:    scancel {job_id}   (it saves first)")
+    cli.say(f"go on:     {again}")
+    return follow(job_id, plan.folder) if "--wait" in flags else 0
+
+
+def make_plan(command: list[str]) -> Plan:
+    """What a job with that command would be. Raises ValueError where the command can't be run."""
+    if not command:
+        raise ValueError("no command: write `-- simclr_ddp.pretrain configs/pretrain/NAME.yaml` after the options")
+    try:
+        known = importlib.util.find_spec(command[0]) is not None
+    except (ImportError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(f"{command[0]} is no command: simclr_ddp.pretrain is one, without `python -m` before it")
+    run_dir = _run_dir(command).absolute()
+    if "%" in str(run_dir) or not str(run_dir).isprintable():
+        raise ValueError(f"run_dir={run_dir} holds a character that SLURM can't have in the names of logs")
+    files = snapshot.collect(command)
+    folder = run_dir / "slurm"
+    return Plan(command, run_dir, folder, files, folder / f"code-{snapshot.digest(files)}")
+
+
+def tasks_per_node(settings: Slurm) -> int:
+    return settings.tasks_per_node or settings.gpus_per_node or 1
+
+
+def parameters(settings: Slurm, plan: Plan) -> dict[str, Any]:
+    """submitit's parameters of the job."""
+    srun = ["--kill-on-bad-exit=1", f"--cpus-per-task={settings.cpus_per_task}"]  # srun does not ask sbatch for it
+    if settings.container:
+        here = str(Path.cwd())
+        mounts = f"{here}:{here},{plan.run_dir}:{plan.run_dir}"
+        srun += [f"--container-image={settings.container}", f"--container-workdir={here}"]
+        srun += (
+            [] if any(a.startswith("--container-mounts=") for a in settings.srun) else [f"--container-mounts={mounts}"]
+        )
+    wanted = {
+        "job_name": settings.name,
+        "nodes": settings.nodes,
+        "ntasks_per_node": tasks_per_node(settings),
+        "gpus_per_node": settings.gpus_per_node or None,
+        "cpus_per_task": settings.cpus_per_task,
+        "mem": f"{settings.memory_gb}GB" if settings.memory_gb else None,
+        "time": settings.minutes,
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "constraint": settings.constraint,
+        "exclude": settings.exclude,
+        "dependency": settings.dependency,
+        "comment": settings.comment,
+        "setup": [
+            f"before=$({_progress(plan)})",
+            *(f"export {k}={shlex.quote(v)}" for k, v in variables(settings, plan).items()),
+            *settings.setup,
+        ],
+        "teardown": _queue_again(plan),
+        "stderr_to_stdout": True,
+        "srun_args": [*srun, *settings.srun],
+        # Not submitit's USR2: the commands of the package know USR1.
+        "additional_parameters": {"signal": f"USR1@{settings.warning_seconds}", "requeue": True},
+    }
+    return {name: value for name, value in wanted.items() if value not in (None, "")}
+
+
+def variables(settings: Slurm, plan: Plan) -> dict[str, str]:
+    """Environment variables of the job: with these, and no folder before them, Python finds the snapshot's code."""
+    path = os.pathsep.join([str(plan.code), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "SUBMITIT_LOG_LEVEL": "ERROR"} | chosen_variables(settings)
+
+
+def chosen_variables(settings: Slurm) -> dict[str, str]:
+    """Those that the settings name."""
+    names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if settings.interface else ()
+    return dict.fromkeys(names, settings.interface) | dict(pair.split("=", 1) for pair in settings.environment)
+
+
+def script(settings: Slurm, plan: Plan) -> str:
+    """The sbatch script that `submit` hands to SLURM; this works without SLURM, too."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    command = f"{_python(settings)} -u -m submitit.core._submit {shlex.quote(str(plan.folder))}"
+    return _make_sbatch_string(command=command, folder=plan.folder, **parameters(settings, plan))
+
+
+def submit(settings: Slurm, plan: Plan) -> str:
+    """Write the snapshot and queue the job; its id. Raises ValueError with SLURM's words if it refuses."""
+    import submitit
+
+    for tool in ("sbatch", "srun", "scontrol"):
+        if shutil.which(tool) is None:
+            raise ValueError(f"no SLURM on this machine ({tool} is not there): --local runs the command without it")
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    snapshot.write(plan.files, plan.code)
+    executor = submitit.SlurmExecutor(plan.folder, python=_python(settings))
+    executor.update_parameters(**parameters(settings, plan))
+    slurm_conf = {k: v for k, v in os.environ.items() if k == "SLURM_CONF"}
+    try:
+        # Without the variables of a job that this may be typed in; submitit would print what SLURM says.
+        with submitit.helpers.clean_env(), redirect_stderr(io.StringIO()):
+            os.environ.update(slurm_conf)
+            return executor.submit(job.run, describe(settings, plan)).job_id
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        raise ValueError(f"SLURM refuses the job: {str(error).replace('sbatch: error: ', '')}") from error
+
+
+def describe(settings: Slurm, plan: Plan) -> job.Job:
+    """What the job's tasks are told."""
+    return job.Job(
+        command=snapshot.from_snapshot(plan.command, plan.code),
+        folder=plan.folder,
+        progress=plan.run_dir / "checkpoints" / "latest",
+        gpus=settings.gpus_per_node,
+        time_limit=60 * settings.minutes,
+        warning=settings.warning_seconds,
+        arrival=settings.arrival_seconds,
+    )
+
+
+def follow(job_id: str, folder: Path) -> int:
+    """Print rank 0's log, and what other ranks say is wrong, until the job is over; returns its exit status."""
+    shown: dict[Path, int] = {}
+    state, told = "", ""
+    try:
+        while True:
+            state, status = _state(job_id)
+            for line in _new_lines(folder, job_id, shown):
+                print(line, flush=True)
+            if state not in ("", "RUNNING", "COMPLETING", "CONFIGURING", told):
+                told = state
+                print(f"job {job_id} is {state}", flush=True)
+            if state in ENDED:
+                return 0 if state == "COMPLETED" else status or 1
+            time.sleep(POLL)
+    except KeyboardInterrupt:
+        print(f"\njob {job_id} goes on without being followed: scancel {job_id} ends it", flush=True)
+        return 130
+
+
+def _state(job_id: str) -> tuple[str, int]:
+    """(state, exit status) by SLURM's word, "" while it does not answer; of a job long ended by its accounting's."""
+    shown = subprocess.run(["scontrol", "-o", "show", "job", job_id], capture_output=True, text=True, check=False)
+    found = re.search(r"JobState=(\w+).* ExitCode=(\d+):(\d+)", shown.stdout)
+    if found is None and "Invalid job id" in shown.stderr:
+        asked = ["sacct", "-X", "-n", "-P", "-o", "State,ExitCode", "-j", job_id]
+        shown = subprocess.run(asked, capture_output=True, text=True, check=False)
+        found = re.search(r"(\w+).*\|(\d+):(\d+)", shown.stdout)
+        if found is None:
+            return "UNKNOWN", 1
+    if found is None:
+        return "", 0
+    return found[1], int(found[2]) or (128 + int(found[3]) if int(found[3]) else 0)
+
+
+def _new_lines(folder: Path, job_id: str, shown: dict[Path, int]) -> Iterator[str]:
+    """Whole lines that were added since the last call; of ranks other than 0 the errors and warnings."""
+    for path in sorted(folder.glob(f"{job_id}_*_log.out")):
+        with path.open("rb") as file:
+            file.seek(shown.get(path, 0))
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        shown[path] = shown.get(path, 0) + len(whole)
+        for line in whole.decode(errors="replace").splitlines():
+            if path.name == f"{job_id}_0_log.out" or line.startswith(("error:", "warning:")):
+                yield line
+
+
+def _run_here(settings: Slurm, plan: Plan) -> int:
+    """The ranks of one node, by torchrun, from a snapshot as the job would have it."""
+    ranks = tasks_per_node(settings)
+    if settings.nodes > 1:
+        cli.say(f"nodes={settings.nodes}: one node's {ranks} ranks run here, which train the same run")
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    snapshot.write(plan.files, plan.code)
+    arguments = snapshot.from_snapshot(plan.command, plan.code)
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else []
+    environment = os.environ | variables(settings, plan)
+    process = subprocess.Popen([sys.executable, "-m", *launcher, *arguments], env=environment)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the command has it from the terminal, too, and saves
+            continue
+
+
+def _python(settings: Slurm) -> str:
+    return shlex.join(settings.python or (["python3"] if settings.container else [sys.executable]))
+
+
+def _run_dir(command: list[str]) -> Path:
+    """Where the job keeps its things: the run directory that the command trains in or is about, else one of its own."""
+    module, *arguments = command
+    if module == "simclr_ddp.pretrain":
+        settings: Pretrain = cli.parse(arguments, Pretrain, "[CONFIG.yaml]")
+        return config.default_run_dir(settings)
+    for argument in arguments[:1]:
+        if (Path(argument) / "config.yaml").is_file():
+            return Path(argument)
+    return Path("runs") / f"{module.rpartition('.')[2]}-{config.short_hash({'command': json.dumps(command)})}"
+
+
+def _check_settings(settings: Slurm) -> None:
+    """ValueError for what could break out of the script that is written, or end the job at its start."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.isprintable():
+                raise ValueError(f"{field.name}={text!r} holds a line break or another control character")
+    for pair in settings.environment:
+        if not re.match(r"[A-Za-z_][A-Za-z0-9_]*=", pair):
+            raise ValueError(f"environment={pair}: NAME=value is wanted")
+    if settings.warning_seconds >= 60 * settings.minutes:
+        raise ValueError(
+            f"warning_seconds={settings.warning_seconds} is all of the time limit: less, or more minutes, is wanted"
+        )
+    tasks, gpus = tasks_per_node(settings), settings.gpus_per_node
+    if gpus and tasks != gpus:
+        raise ValueError(f"tasks_per_node={tasks} with gpus_per_node={gpus}: each GPU is one rank")
+
+
+def _progress(plan: Plan) -> str:
+    """A command of shell that shows what was saved last."""
+    return f"cat {shlex.quote(str(plan.run_dir / 'checkpoints' / 'latest'))} 2>/dev/null"
+
+
+def _queue_again(plan: Plan) -> list[str]:
+    """The end of the batch script: queue the job again if its ranks have paused or one of its nodes has gone.
+
+    This is not done by a rank: in a container there is no scontrol, and not after a node failure, of which SLURM itself
+    hears later than the other ranks do. Where a node only seems to have gone, the job must have saved something since
+    its start, or it would come back for ever. Of scancel this script dies at once, so a cancelled job stays away.
+    """
+    probe = 'timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --output=/dev/null true'
+    return [
+        "status=$?",
+        f'note={shlex.quote(str(plan.folder))}/"$SLURM_JOB_ID".again',
+        'if [ "$status" -eq 0 ] && [ -e "$note" ]; then again=1',
+        "# Told to stop before it could listen: 128 + USR1, 128 + TERM.",
+        'elif [ "$status" -eq 138 ] || [ "$status" -eq 143 ]; then again=1; echo preemption >"$note"',
+        f'elif [ "$status" -ne 0 ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && [ "$before" != "$({_progress(plan)})" ] && '
+        f"! {probe}; then",
+        '  again=1; echo "node failure" >"$note"; echo "a node has gone: the job is queued again"',
+        "fi",
+        '[ -n "$again" ] || exit "$status"',
+        f'sed -i "s/^{job.REQUEUED}$/preemption/" "$note"',
+        'exec scontrol requeue "$SLURM_JOB_ID"',
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

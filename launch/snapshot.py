@@ -1,0 +1,73 @@
+"""The code as it was when a job was submitted: what it runs, however long it waits, however often it restarts."""
+
+import os
+import shutil
+import subprocess
+from hashlib import sha256
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("simclr_ddp", "launch")
+
+
+def collect(arguments: list[str]) -> dict[Path, bytes]:
+    """{path within the snapshot: content} of the code, its commit, and the config files among the arguments."""
+    files = {path.relative_to(ROOT): path.read_bytes() for path in _sources()}
+    files[Path("COMMIT")] = _git("describe", "--always", "--dirty", "--abbrev=12")
+    return files | {copy: Path(arguments[i]).read_bytes() for i, copy in _configs(arguments).items()}
+
+
+def from_snapshot(arguments: list[str], code: Path) -> list[str]:
+    """The arguments, with those that name config files naming their copies in the snapshot `code`."""
+    copies = _configs(arguments)
+    return [str(code / copies[i]) if i in copies else argument for i, argument in enumerate(arguments)]
+
+
+def _configs(arguments: list[str]) -> dict[int, Path]:
+    """{position: path within the snapshot} of the arguments that are config files; the file's name is the run's."""
+    paths = enumerate(map(Path, arguments))
+    return {i: Path("arguments", str(i), p.name) for i, p in paths if p.suffix in (".yaml", ".yml") and p.is_file()}
+
+
+def digest(files: dict[Path, bytes]) -> str:
+    """Twelve digits that the same code has, and other code has not."""
+    total = sha256()
+    for path, content in sorted(files.items()):
+        total.update(f"{path} {len(content)}\n".encode() + content)
+    return total.hexdigest()[:12]
+
+
+def write(files: dict[Path, bytes], code: Path) -> None:
+    """Put the files into the folder `code`, which is there whole or not at all."""
+    if code.is_dir():
+        return
+    temporary = code.with_name(f".{code.name}.{os.getpid()}.tmp")
+    for path, content in files.items():
+        (temporary / path).parent.mkdir(parents=True, exist_ok=True)
+        (temporary / path).write_bytes(content)
+    try:
+        temporary.rename(code)
+    except OSError:  # another submission was faster
+        shutil.rmtree(temporary)
+        if not code.is_dir():
+            raise
+
+
+def _sources() -> list[Path]:
+    """Python and YAML files that git tracks or would; of an installed package, its own files."""
+    listed = _git("ls-files", "-coz", "--exclude-standard", "--", "*.py", "*.yaml").decode().split("\0")
+    found = [ROOT / name for name in listed if name and (ROOT / name).is_file()]
+    if any(path.is_relative_to(ROOT / PACKAGES[0]) for path in found):
+        return found
+    return [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+
+
+def _git(*arguments: str) -> bytes:
+    """What git says of the checkout that this file lies in; nothing where there is none."""
+    if not (ROOT / ".git").exists():
+        return b""
+    command = ["git", "-C", str(ROOT), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return b""

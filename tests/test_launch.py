@@ -1,0 +1,344 @@
+"""Jobs without SLURM: what would be submitted, mistakes, the meeting of the nodes, the snapshot, local executors."""
+
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import submitit
+
+from launch import job, meeting, slurm, snapshot
+from simclr_ddp.metrics import read_metrics
+from tests import processes
+from tests.test_cli import only_error
+from tests.test_slurm import training
+
+CONFIGS = processes.ROOT / "configs" / "slurm"
+ONE = ["simclr_ddp.linear_eval", "runs/none"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def dry_run(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert slurm.main([*arguments, "--dry-run", "--", *ONE]) == 0
+    return capfd.readouterr().out
+
+
+# --- the script -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_shipped_config(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = dry_run(capfd, str(path))
+    ranks = "2" if path.stem == "cpus" else "8"
+    assert f"--ntasks-per-node={ranks}\n" in text and f"#SBATCH --job-name={path.stem}\n" in text
+    assert f"python -m launch.slurm configs/slurm/{path.name}" in path.read_text()
+
+
+def test_every_setting_is_in_the_script(capfd: pytest.CaptureFixture[str]) -> None:
+    values = {
+        "name": "pilot",
+        "nodes": "3",
+        "gpus_per_node": "4",
+        "cpus_per_task": "5",
+        "memory_gb": "60",
+        "minutes": "70",
+        "warning_seconds": "80",
+        "partition": "part",
+        "account": "acc",
+        "qos": "high",
+        "constraint": "a100&nvlink",
+        "exclude": "node[7-9]",
+        "dependency": "afterok:12",
+        "comment": "a word or two",
+        "setup": "[module load cuda]",
+        "environment": "[NCCL_DEBUG=INFO, MINE=a b]",
+        "interface": "ib0",
+        "container": "docker://image",
+        "srun": "[--cpu-bind=none]",
+        "python": "[python3.12]",
+    }
+    text = dry_run(capfd, *(f"{key}={value}" for key, value in values.items()))
+    for line in (
+        "job-name=pilot",
+        "nodes=3",
+        "gpus-per-node=4",
+        "ntasks-per-node=4",
+        "cpus-per-task=5",
+        "mem=60GB",
+        "time=70",
+        "signal=USR1@80",
+        "partition=part",
+        "account=acc",
+        "qos=high",
+        "constraint='a100&nvlink'",
+        "exclude='node[7-9]'",
+        "dependency=afterok:12",
+        "comment='a word or two'",
+        "requeue",
+        "open-mode=append",
+    ):
+        assert f"\n#SBATCH --{line}\n" in text
+    for line in ("module load cuda", "export NCCL_DEBUG=INFO", "export MINE='a b'", "export NCCL_SOCKET_IFNAME=ib0"):
+        assert f"\n{line}\n" in text
+    srun = next(line for line in text.splitlines() if line.startswith("srun "))
+    assert "--container-image=docker://image --container-workdir=" in srun
+    assert "--cpus-per-task=5" in srun and "--cpu-bind=none python3.12 -u -m" in srun
+    assert {"tasks_per_node", "arrival_seconds"} | values.keys() == slurm.config.options(slurm.Slurm).keys()
+
+
+@pytest.mark.parametrize("key", ["partition", "comment", "environment", "srun", "python", "run_dir"])
+def test_no_value_is_run_by_a_shell(key: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The script runs in bash, with commands that do nothing in place of SLURM's."""
+    evil = f"x; touch {tmp_path}/pwned; $(touch {tmp_path}/pwned) '\" `touch {tmp_path}/pwned`"
+    options, command = [], ["simclr_ddp.pretrain", f"run_dir=runs/{evil if key == 'run_dir' else 'a'}"]
+    if key in ("environment", "srun", "python"):
+        text = ("A=" if key == "environment" else "") + evil.replace("'", "''")
+        options = [f"{key}=['{text}']"]
+    elif key != "run_dir":
+        options = [f"{key}={evil}"]
+    assert slurm.main([*options, "--dry-run", "--", *command]) == 0
+    script = capfd.readouterr().out
+    assert "pwned" in script
+    (tmp_path / "bin").mkdir()
+    for tool in ("srun", "scontrol"):
+        (tmp_path / "bin" / tool).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "bin" / tool).chmod(0o755)
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    environment = {"PATH": path, "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "1"}
+    assert subprocess.run(["bash", "-c", script], env=environment, check=False).returncode == 1
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_the_template_is_a_script(capfd: pytest.CaptureFixture[str]) -> None:
+    assert slurm.main(["--print-sbatch"]) == 0
+    assert "simclr_ddp.pretrain CONFIG.yaml" in capfd.readouterr().out
+    command = ["simclr_ddp.pretrain", "my config.yaml"]
+    assert slurm.main([str(CONFIGS / "eight_nodes.yaml"), "partition=a b", "--print-sbatch", "--", *command]) == 0
+    text = capfd.readouterr().out
+    assert (
+        "--partition='a b'" in text
+        and "--nproc_per_node=8" in text
+        and "-m simclr_ddp.pretrain 'my config.yaml'" in text
+    )
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nodes=0", "--", *ONE], "nodes=0 is too small"),
+        (["partitoin=x", "--", *ONE], "did you mean partition?"),
+        (["--weight", "--", *ONE], "unknown flag --weight"),
+        ([], "no command: write `-- simclr_ddp.pretrain"),
+        (["--", "simclr_ddp.pretrian"], "simclr_ddp.pretrian is no command"),
+        (["--", "simclr_ddp.pretrain", "optim.epocs=3"], "did you mean optim.epochs?"),
+        (["--", "simclr_ddp.pretrain", "run_dir=a%j"], "holds a character"),
+        (["partition=a\ntouch x", "--", *ONE], "partition='a\\ntouch x' holds a line break"),
+        (["environment=[A]", "--", *ONE], "environment=A: NAME=value is wanted"),
+        (["minutes=2", "--", *ONE], "warning_seconds=120 is all of the time limit"),
+        (["gpus_per_node=2", "tasks_per_node=3", "--", *ONE], "each GPU is one rank"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert slurm.main(arguments) == 2
+    assert told in only_error(capfd)
+
+
+def test_no_slurm_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert slurm.main(["--", *ONE]) == 2
+    assert "no SLURM on this machine (sbatch is not there): --local runs" in only_error(capfd)
+
+
+def test_help(capfd: pytest.CaptureFixture[str]) -> None:
+    assert slurm.main(["--help"]) == 0
+    told = capfd.readouterr().out
+    assert (
+        "print the sbatch script, and submit nothing" in told and "--print-sbatch" in told and "gpus_per_node" in told
+    )
+
+
+# --- the snapshot ---------------------------------------------------------------------------------------------------
+
+
+def test_the_snapshot_holds_the_code_and_the_config(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("seed: 3\n")
+    command = ["simclr_ddp.pretrain", "mine.yaml", "seed=1"]
+    plan = slurm.make_plan(command)
+    snapshot.write(plan.files, plan.code)
+    assert (plan.code / "simclr_ddp/pretrain.py").read_bytes() == (
+        processes.ROOT / "simclr_ddp/pretrain.py"
+    ).read_bytes()
+    (tmp_path / "mine.yaml").write_text("seed: 4\n")
+    module, copy, override = snapshot.from_snapshot(plan.command, plan.code)
+    assert (module, override) == ("simclr_ddp.pretrain", "seed=1")
+    assert Path(copy).name == "mine.yaml" and Path(copy).read_text() == "seed: 3\n"
+    assert slurm.make_plan(command).code != plan.code, "other settings are another snapshot"
+    snapshot.write(plan.files, plan.code)  # again
+    assert len(list(plan.folder.iterdir())) == 1
+
+
+def test_a_snapshot_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in snapshot.PACKAGES:
+        shutil.copytree(processes.ROOT / package, tmp_path / "site" / package)
+    (tmp_path / "site" / "another.py").write_text("")
+    monkeypatch.setattr(snapshot, "ROOT", tmp_path / "site")
+    files = snapshot.collect([])
+    assert Path("simclr_ddp/pretrain.py") in files and Path("another.py") not in files and not files[Path("COMMIT")]
+
+
+# --- the meeting of the nodes ---------------------------------------------------------------------------------------
+
+
+def go_on() -> bool:
+    return False
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
+
+
+def test_the_nodes_meet(tmp_path: Path) -> None:
+    found = []
+    guests = [
+        threading.Thread(target=lambda c=c: found.append(meeting.join(tmp_path / "m", "node2", c, 10, go_on)))
+        for c in (True, False)
+    ]
+    for guest in guests:
+        guest.start()
+    port = free_port()
+    assert meeting.host(tmp_path / "m", "localhost", port, ["node1", "node2"], 10, go_on) == port
+    for guest in guests:
+        guest.join()
+    assert found == [("localhost", port)] * 2
+    with socket.create_server(("", port)):
+        pass  # it is free again
+
+
+def test_a_port_that_is_taken_is_replaced(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        other = meeting.host(tmp_path / "m", "localhost", port, ["node1"], 10, go_on)
+    assert other != port
+    assert meeting.join(tmp_path / "m", "node1", False, 10, go_on) == ("localhost", other)
+
+
+def test_a_node_that_never_comes(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError, match=r"^node2, node3 did not come to node1:"):
+        meeting.host(tmp_path / "m", "node1", 0, ["node1", "node2", "node3"], 1, go_on)
+
+
+def test_a_name_that_does_not_resolve(tmp_path: Path) -> None:
+    meeting.host(tmp_path / "m", "nowhere.invalid", 0, ["node1"], 1, go_on)
+    with pytest.raises(ConnectionError, match=r"^node2 can't resolve nowhere.invalid"):
+        meeting.join(tmp_path / "m", "node2", True, 1, go_on)
+
+
+def test_a_port_that_is_blocked(tmp_path: Path) -> None:
+    meeting.host(tmp_path / "m", "localhost", free_port(), ["node1"], 1, go_on)
+    with pytest.raises(
+        ConnectionError, match=r"^node2 can't reach the first node at localhost:\d+ \(Connection refused"
+    ):
+        meeting.join(tmp_path / "m", "node2", True, 1, go_on)
+
+
+def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError, match=r"^node2 did not see .* a file system that all nodes share"):
+        meeting.join(tmp_path / "m", "node2", True, 1, go_on)
+
+
+def test_told_to_stop_while_the_others_are_awaited(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(ConnectionAbortedError):
+        meeting.host(tmp_path / "m", "node1", 0, ["node1", "node2"], 60, lambda: time.monotonic() > begin + 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "saved", "note", "probe", "queued"),
+    [
+        (0, True, "", 0, False),
+        (0, True, "time limit", 0, True),
+        (138, False, "", 0, True),
+        (1, True, "", 0, False),
+        (1, True, "", 1, True),
+        (1, False, "", 1, False),
+    ],
+)
+def test_when_the_batch_script_queues_the_job_again(
+    status: int, saved: bool, note: str, probe: int, queued: bool, tmp_path: Path
+) -> None:
+    """Its last lines, with stand-ins for srun, whose failing says that a node has gone, and for scontrol."""
+    plan = slurm.make_plan(["simclr_ddp.pretrain", f"run_dir={tmp_path / 'a run'}"])
+    latest = plan.run_dir / "checkpoints" / "latest"
+    for folder in (plan.folder, latest.parent, tmp_path / "bin"):
+        folder.mkdir(parents=True)
+    latest.write_text("step 5")
+    for name, content in (("srun", f"exit {probe}"), ("scontrol", "echo queued again")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{content}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    wanted = slurm.parameters(slurm.Slurm(nodes=2), plan)
+    assert wanted["setup"][0].startswith("before=")
+    job = [f"echo step 10 > '{latest}'"] * saved + [f"printf '{note}' > '{plan.folder}/7.again'"] * bool(note)
+    lines = [wanted["setup"][0], *job, f"(exit {status})", *wanted["teardown"]]
+    variables = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], env=variables, capture_output=True, text=True)
+    assert ("queued again\n" in done.stdout.splitlines(keepends=True)) == queued, done
+    assert done.returncode == (0 if queued else status), done
+
+
+# --- without SLURM --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_local_runs_the_snapshot_here(images: Path, tmp_path: Path) -> None:
+    arguments = training(images, tmp_path / "run", "optim.steps=3")
+    status, output = processes.run("launch.slurm", "tasks_per_node=2", "--local", "--", *arguments)
+    assert status == 0 and "running on 2 x cpu" in output, output
+    assert len(read_metrics(tmp_path / "run/metrics.jsonl")) == 3
+
+
+@pytest.mark.slow
+def test_local_runs_the_snapshot_and_not_the_checkout(images: Path, tmp_path: Path) -> None:
+    arguments = training(images, tmp_path / "run")
+    plan = slurm.make_plan(arguments)
+    plan.folder.mkdir(parents=True)
+    snapshot.write(plan.files | {Path("simclr_ddp/pretrain.py"): b"raise SystemExit(3)"}, plan.code)
+    status, output = processes.run("launch.slurm", "--local", "--", *arguments)
+    assert status == 3, output
+
+
+@pytest.mark.slow
+def test_a_job_of_submitits_local_executor(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks finish a run; told by USR2, as this executor tells, they pause, and leave a note."""
+    plan = slurm.make_plan(training(images, tmp_path / "run"))
+    plan.folder.mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", str(processes.ROOT))
+    described = slurm.describe(slurm.Slurm(), plan)
+    executor = submitit.LocalExecutor(plan.folder)
+    executor.update_parameters(tasks_per_node=2, timeout_min=5)
+    first = executor.submit(job.run, described)
+    metrics = tmp_path / "run/metrics.jsonl"
+    end = time.monotonic() + 120
+    while not metrics.exists() or len(read_metrics(metrics)) < 3:
+        assert time.monotonic() < end and not first.done(), first.stderr()
+        time.sleep(0.05)
+    for pid in map(int, (Path("/proc") / first.job_id / "task" / first.job_id / "children").read_text().split()):
+        os.kill(pid, submitit.JobEnvironment._usr_sig())
+    assert first.results() == [None, None]
+    assert (plan.folder / f"{first.job_id}.again").exists() and "paused at step" in (first.stdout() or "")
+    second = executor.submit(job.run, described)
+    assert second.results() == [None, None] and "going on from" in (second.stdout() or "")
+    assert (tmp_path / "run/encoder.safetensors").exists()
