@@ -98,6 +98,7 @@ class Loss:
     second_temperature: float | None = option(None, "of the Gaussian in the sums; null: same as temperature", low=1e-6)
     order: int = option(1, "arc-cosine order, 1 to 3", low=1, high=3)
     norm_p: float = option(2.0, "norm that puts embeddings on the sphere; inf allowed", low=1, high=math.inf)
+    precision: str = option("fp32", "of the gradient's products; bf16: off by 1e-4 to 3e-3 of it", ("fp32", "bf16"))
     radius: float = option(1.0, "radius of that sphere", low=1e-6)
 
 

@@ -175,6 +175,16 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def of_all(values: Tensor) -> list[Tensor]:
+    """A tensor of one shape on all ranks -> that of each, in rank order, without a gradient."""
+    if world_size() == 1:
+        return [values]
+    note("the gathering of the loss")
+    blocks = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(blocks, values.detach().contiguous())
+    return blocks
+
+
 def from_main(value: Any) -> Any:
     """Rank 0's value on every rank; anything JSON can hold (no pickle)."""
     if world_size() == 1:

@@ -4,12 +4,36 @@ A drop-in for any training loop, with or without DistributedDataParallel.
 """
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
 from simclr_ddp import distributed
 from simclr_ddp.losses import Objective, contrastive_accuracy, contrastive_loss, log_kernel, normalize
+
+
+class _Ranks:
+    """The ranks of the default process group, as `simclr_ddp.tiled` asks for them."""
+
+    def __init__(self) -> None:
+        self.index, self.count = distributed.rank(), distributed.world_size()
+
+    def gather(self, z: Tensor) -> Tensor:
+        """[..., B, D] of this rank -> [..., N, D] of all; its gradient is summed over ranks."""
+        return distributed.gather(z.flatten(0, -3)).unflatten(0, z.shape[:-2])
+
+    def all_rows(self, own: Tensor) -> Tensor:
+        """[2, B] -> [2, N]"""
+        return torch.cat(distributed.of_all(own), dim=1)
+
+    def log_sum(self, parts: Tensor) -> Tensor:
+        """log2 of the sum over ranks of 2^parts, elementwise."""
+        return reduce(torch.logaddexp2, distributed.of_all(parts))
+
+    def sum(self, values: Tensor) -> Tensor:
+        distributed.note("the sum of the loss's gradient")
+        return distributed.all_sum(values)
 
 
 class KernelInfoNCE(nn.Module):
@@ -21,6 +45,7 @@ class KernelInfoNCE(nn.Module):
     mix_weight, mix_level, second_temperature   of the sums
     order               1 to 3, of arccos
     radius, norm_p      embeddings are put on the sphere of this radius in this norm
+    precision           fp32 or bf16, of the products that make the gradient (simclr_ddp.tiled.Problem)
 
     Raises ValueError for settings that make no sense together.
     """
@@ -37,6 +62,7 @@ class KernelInfoNCE(nn.Module):
         order: int = 1,
         radius: float = 1.0,
         norm_p: float = 2.0,
+        precision: str = "fp32",
     ) -> None:
         super().__init__()
         self.objective = Objective(
@@ -49,6 +75,7 @@ class KernelInfoNCE(nn.Module):
             order=order,
             squared_radius=radius * abs(radius),  # a negative one is refused
             norm_p=norm_p,
+            precision=precision,
         )
 
     def forward(self, y_a: Tensor, y_b: Tensor) -> Tensor:
@@ -61,7 +88,7 @@ class KernelInfoNCE(nn.Module):
         in at least float32, also under autocast.
         """
         z, z_all, first = self._gathered(y_a, y_b)
-        return contrastive_loss(z, z_all, first, self.objective)
+        return contrastive_loss(z, z_all, first, self.objective, _Ranks() if z_all is not z else None)
 
     @torch.no_grad()
     def top1(self, y_a: Tensor, y_b: Tensor) -> Tensor:
@@ -89,5 +116,5 @@ class KernelInfoNCE(nn.Module):
             raise ValueError(f"two equal shapes [n, d] are wanted, got {tuple(y_a.shape)} and {tuple(y_b.shape)}")
         with torch.autocast(y_a.device.type, enabled=False):
             z = normalize(torch.stack([y_a, y_b]), self.objective.squared_radius, self.objective.norm_p)
-        z_all = distributed.gather(z)
+        z_all = z if distributed.world_size() == 1 else torch.cat(distributed.of_all(z), dim=1)
         return z, z_all, distributed.own_slice(z_all.shape[1]).start

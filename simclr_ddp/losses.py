@@ -17,17 +17,17 @@ all digits of a distance in the identity |a|² + |b|² - 2 a·b, which is what t
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-LogKernel = Callable[[Tensor, Tensor], Tensor]
+from simclr_ddp import tiled
+from simclr_ddp.products import Product
+from simclr_ddp.tiled import PRECISIONS, LogKernel, Ranks
 
 MIXTURES = ("simple_sum", "concat_sum")
 KERNELS = ("cosine", "gaussian", "laplacian", "exponential", *MIXTURES, "arccos", "spectral")
@@ -48,6 +48,7 @@ class Objective:
     order               1, 2 or 3, of `arccos`
     squared_radius      μ: embeddings have norm √μ
     norm_p              which norm; math.inf for the maximum norm
+    precision           "fp32" or "bf16", of the products that make the gradient: see `tiled.Problem`
 
     In `simple_sum` both parts see the whole embedding; in `concat_sum` the first sees its first half, the Gaussian
     its second, after one normalisation of the whole.
@@ -62,10 +63,12 @@ class Objective:
     order: int = 1
     squared_radius: float = 1.0
     norm_p: float = 2.0
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         _require_choice("kernel", self.kernel, KERNELS)
         _require_choice("mix_level", self.mix_level, MIX_LEVELS)
+        _require_choice("precision", self.precision, PRECISIONS)
         _require_positive("temperature", self.temperature)
         _require_positive("gamma", self.gamma)
         _require_positive("radius (the squared radius of the sphere of embeddings)", self.squared_radius)
@@ -100,35 +103,57 @@ def normalize(y: Tensor, squared_radius: float = 1.0, norm_p: float = 2.0) -> Te
     """
     y = y.to(torch.promote_types(y.dtype, torch.float32))
     norm = torch.linalg.vector_norm(y, norm_p, dim=-1, keepdim=True)
-    return math.sqrt(squared_radius) * y / norm.clamp(min=1e-12)
+    return y / (norm.clamp(min=1e-12) / math.sqrt(squared_radius))
 
 
-def contrastive_loss(z: Tensor, z_all: Tensor, first: int, objective: Objective) -> Tensor:
+def contrastive_loss(z: Tensor, z_all: Tensor, first: int, objective: Objective, ranks: Ranks | None = None) -> Tensor:
     """Mean loss of this rank's anchors against the embeddings of the whole batch, a scalar.
 
     z      [2, B, D]  this rank's embeddings, normalised as the objective says
-    z_all  [2, N, D]  those of all ranks, in rank order
+    z_all  [2, N, D]  those of all ranks, in rank order; z itself on one rank: every pair is then computed once
     first             position in z_all of this rank's image 0
+    ranks             with them, z_all is taken as constant, and the gradient in z is that of the sum over ranks
 
-    Computed in float64 where an input is float64, else in float32, under autocast too. Averaged over ranks it is
-    the single-process loss of N images. Raises ValueError if the shapes disagree.
+    Computed in float64 where an input is float64, else in float32, under autocast too; by tiles, in memory that grows
+    with N, but for second derivatives. Averaged over ranks it is the single-process loss of N images. Raises
+    ValueError if the shapes disagree.
     """
     z, z_all = _widen(z, z_all)
+    _check_shapes(z, z_all, first)
     if objective.kernel == "spectral":
-        return spectral(z, z_all, first)
+        return spectral(z, z_all if ranks is None else ranks.gather(z), first)
     if objective.kernel == "concat_sum":
-        z, z_all = _halves(z), _halves(z_all)
+        z, z_all = _each(_halves, z, z_all)
     if objective.kernel in MIXTURES and objective.mix_level == "loss":
-        first_kernel, second_kernel = _parts(objective)
-        (z_1, z_2), (z_all_1, z_all_2) = (z, z_all) if objective.kernel == "concat_sum" else ((z, z), (z_all, z_all))
-        first_loss = info_nce(z_1, z_all_1, first, first_kernel)
-        second_loss = info_nce(z_2, z_all_2, first, second_kernel)
-        return objective.mix_weight * first_loss + (1 - objective.mix_weight) * second_loss
-    return info_nce(z, z_all, first, log_kernel(objective))
+        losses = []
+        for part, kernel in enumerate(_parts(objective)):
+            select = partial(torch.select, dim=0, index=part) if objective.kernel == "concat_sum" else (lambda z: z)
+            losses.append(_tiled_info_nce(*_each(select, z, z_all), first, kernel, objective.precision, ranks))
+        return objective.mix_weight * losses[0] + (1 - objective.mix_weight) * losses[1]
+    return _tiled_info_nce(z, z_all, first, log_kernel(objective), objective.precision, ranks)
+
+
+def _tiled_info_nce(
+    z: Tensor, z_all: Tensor, first: int, log_kernel: LogKernel, precision: str, ranks: Ranks | None
+) -> Tensor:
+    """`info_nce` by tiles."""
+    if z is z_all or ranks is not None:  # both views of a pair are here: it counts for either
+        a, b = z.unbind(-3)
+        positive = log_kernel((a * b).sum(dim=-1), (a - b).square().sum(dim=-1)).repeat(2)
+    else:
+        partners = _partners(z, z_all, first)
+        positive = log_kernel((z * partners).sum(dim=-1), (z - partners).square().sum(dim=-1)).flatten()
+
+    def plain(z: Tensor, z_all: Tensor) -> Tensor:
+        return _log_kernels(z, z_all, first, log_kernel)[1].logsumexp(dim=1)
+
+    problem = tiled.Problem(_tile_kernel(log_kernel), plain, first, precision, ranks)
+    excess = tiled.log_sums(z, z_all, problem) - positive
+    return torch.logaddexp(excess, torch.zeros_like(excess)).mean()  # log(1 + exp(excess)), exact near 0 too
 
 
 def info_nce(z: Tensor, z_all: Tensor, first: int, log_kernel: LogKernel) -> Tensor:
-    """Mean InfoNCE loss of this rank's anchors against the embeddings of the whole batch, a scalar.
+    """Mean InfoNCE loss of this rank's anchors by the definition: in the memory of several 2B x 2N matrices.
 
     z           [*, 2, B, D]  this rank's embeddings, float32 or float64
     z_all       [*, 2, N, D]  those of all ranks, in rank order
@@ -154,12 +179,12 @@ def spectral(z: Tensor, z_all: Tensor, first: int) -> Tensor:
     of the embeddings plays its part. Unlike InfoNCE it isn't 0 for N = 1. HaoChen et al. 2021 (arXiv 2106.04156).
     """
     _check_shapes(z, z_all, first)
-    batch, total = z.shape[-2], z_all.shape[-2]
-    own = torch.arange(first, first + batch, device=z.device)
-    is_self = torch.cat([own, total + own])[:, None] == torch.arange(2 * total, device=z.device)
-    dot = _Product.apply(z.flatten(0, 1), z_all.flatten(0, 1)).masked_fill(is_self, 0)
+    # Σ_j (a·z_j)² = aᵀ (Σ_j z_j z_jᵀ) a, of which a's own term is taken out: no need to go through the pairs.
+    moments = Product.apply(z_all.flatten(0, 1).mT, z_all.flatten(0, 1).mT)
+    rows, own = z.flatten(0, 1), z_all[:, first : first + z.shape[1]].flatten(0, 1)
+    squares = (Product.apply(rows, moments) * rows).sum(dim=1) - (rows * own).sum(dim=1).square()
     positive = (z * _partners(z, z_all, first)).sum(dim=-1)
-    return dot.square().sum(dim=1).mean() / (2 * total - 1) - 2 * positive.mean()
+    return squares.mean() / (2 * z_all.shape[-2] - 1) - 2 * positive.mean()
 
 
 @torch.no_grad()
@@ -170,10 +195,13 @@ def contrastive_accuracy(z: Tensor, z_all: Tensor, first: int, objective: Object
     `spectral` ranks by dot product, a loss-level mixture by λ·log k₁ + (1-λ)·log k₂.
     """
     z, z_all = _widen(z, z_all)
+    _check_shapes(z, z_all, first)
     if objective.kernel == "concat_sum":
-        z, z_all = _halves(z), _halves(z_all)
-    positive, negatives = _log_kernels(z, z_all, first, log_kernel(objective))
-    return (positive > negatives.amax(dim=1)).to(positive.dtype).mean()
+        z, z_all = _each(_halves, z, z_all)
+    rank_by = log_kernel(objective)
+    partners = _partners(z, z_all, first)
+    positive = rank_by((z * partners).sum(dim=-1), (z - partners).square().sum(dim=-1)).flatten()
+    return (positive > tiled.largest(z, z_all, first, rank_by)).to(positive.dtype).mean()
 
 
 def temperature_equivalent(temperature: float, source: str, target: str, squared_radius: float = 1.0) -> float:
@@ -241,11 +269,12 @@ def arccos(dot: Tensor, squared_distance: Tensor, temperature: float, order: int
     phi = 2 * torch.atan2(above_minus_one.sqrt(), below_one.sqrt())
     if order == 1:
         return phi.log()
+    closed = phi.sin() - phi * phi.cos() if order == 2 else phi * (2 + (2 * phi).cos()) - 1.5 * (2 * phi).sin()
+    if temperature <= 0.5:  # cos θ >= 1 - 2τ, so φ >= π/2
+        return closed.log()
     if order == 2:
-        closed = phi.sin() - phi * phi.cos()
         series = phi.pow(3) * _polynomial(phi.square(), _ORDER_2)
     else:
-        closed = phi * (2 + (2 * phi).cos()) - 1.5 * (2 * phi).sin()
         series = (2 * phi).pow(5) * _polynomial((2 * phi).square(), _ORDER_3)
     return torch.where(phi < 1.5, series, closed).log()
 
@@ -295,6 +324,19 @@ def log_kernel(objective: Objective) -> LogKernel:
     return mixture
 
 
+def _tile_kernel(log_kernel: LogKernel) -> tiled.TileKernel:
+    """The same kernel as it is computed on tiles: the simple ones in few operations, others as they are."""
+    of = getattr(log_kernel, "func", None)
+    numbers = getattr(log_kernel, "keywords", {})
+    if of is cosine:
+        return tiled.Cosine(1 / (numbers["temperature"] * numbers["squared_radius"]))
+    if of is gaussian:
+        return tiled.Power(numbers["temperature"], 2.0, 0.0)
+    if of in (laplacian, exponential):
+        return tiled.Power(numbers["temperature"], numbers.get("gamma", 1.0), 1e-6 * numbers["squared_radius"])
+    return tiled.Elementwise(log_kernel)
+
+
 def _parts(objective: Objective) -> tuple[LogKernel, LogKernel]:
     """The exponential and the Gaussian log-kernel of a mixture."""
     return (
@@ -318,7 +360,7 @@ def _log_kernels(z: Tensor, z_all: Tensor, first: int, log_kernel: LogKernel) ->
     positive = log_kernel((z * partners).sum(dim=-1), (z - partners).square().sum(dim=-1)).flatten()
 
     rows, columns = z.flatten(-3, -2), z_all.flatten(-3, -2)
-    dot = _Product.apply(rows, columns)
+    dot = Product.apply(rows, columns)
     squares = rows.square().sum(dim=-1)[..., :, None] + columns.square().sum(dim=-1)[..., None, :]
     squared_distance = (squares - 2 * dot).clamp(min=0)
 
@@ -345,61 +387,13 @@ def _halves(z: Tensor) -> Tensor:
 
 def _widen(z: Tensor, z_all: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(z.dtype, z_all.dtype), torch.float32)
-    return z.to(dtype), z_all.to(dtype)
+    return _each(lambda t: t.to(dtype), z, z_all)
 
 
-class _Product(torch.autograd.Function):
-    """a [..., n, D], b [..., m, D] -> a bᵀ [..., n, m], forward and backward in the tensors' own precision.
-
-    Divided by a temperature of 0.01, a dot product rounded by autocast, TF32 or bfloat16 would be off by whole units.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        with _full_precision(a.device.type):
-            return a @ b.mT
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        (gradient,) = gradients
-        a, b = ctx.saved_tensors
-        with _full_precision(a.device.type):
-            return gradient @ b, gradient.mT @ a
-
-
-@contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    """Matrix products of float32 as exact as float32 allows, whatever autocast and torch's global settings say."""
-    before = _get_precision()
-    try:
-        if before != _EXACT:
-            _set_precision(_EXACT)
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        if before != _EXACT:
-            _set_precision(before)
-
-
-# Torch 2.9 brought a setting per backend; the global one before it raises where a user has touched the new ones.
-_BACKENDS: list[Any] = [
-    matmul
-    for matmul in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-    if hasattr(matmul, "fp32_precision")
-]
-_EXACT = ["ieee" for _ in _BACKENDS] or ["highest"]
-
-
-def _get_precision() -> list[str]:
-    return [backend.fp32_precision for backend in _BACKENDS] or [torch.get_float32_matmul_precision()]
-
-
-def _set_precision(precision: list[str]) -> None:
-    if not _BACKENDS:
-        torch.set_float32_matmul_precision(precision[0])
-    for backend, value in zip(_BACKENDS, precision, strict=False):
-        backend.fp32_precision = value
+def _each(function: Callable[[Tensor], Tensor], z: Tensor, z_all: Tensor) -> tuple[Tensor, Tensor]:
+    """The function of both, which stay one object where they are one."""
+    own = function(z)
+    return own, own if z is z_all else function(z_all)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

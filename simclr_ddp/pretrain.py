@@ -174,6 +174,7 @@ def make_objective(settings: Pretrain) -> KernelInfoNCE:
         order=loss.order,
         radius=loss.radius,
         norm_p=loss.norm_p,
+        precision=loss.precision,
     )
 
 

@@ -180,12 +180,17 @@ def collectives(name: str) -> list[list[str]]:
     return counts
 
 
-@pytest.mark.parametrize("name", ["cosine", "simple_sum, loss level", "concat_sum, loss level"])
-def test_one_gather_a_loss(name: str, ranks: Ranks) -> None:
-    """Defect K5: others gather twice, and again for every part of a mixture."""
+@pytest.mark.parametrize(
+    ("name", "parts"), [("cosine", 1), ("simple_sum, loss level", 2), ("concat_sum, loss level", 2)]
+)
+def test_embeddings_are_gathered_once(name: str, parts: int, ranks: Ranks) -> None:
+    """Defect K5: others gather twice, and again for every part of a mixture.
+
+    Beside it each part gathers one number a view in either pass: log-sums forward, their gradients backward.
+    """
     for forward, backward in ranks.run(2, collectives, name):
-        assert forward == ["gloo:all_gather"]
-        assert backward == ["gloo:all_reduce"]
+        assert forward == ["gloo:all_gather"] * (1 + parts)
+        assert backward == ["gloo:all_gather"] * parts + ["gloo:all_reduce"] * parts
 
 
 # --- a drop-in ------------------------------------------------------------------------------------------------------
@@ -236,7 +241,7 @@ def test_untrained_and_attainable_loss(name: str) -> None:
 
 def test_every_setting_reaches_the_objective() -> None:
     given = {"kernel": "simple_sum", "temperature": 0.3, "gamma": 1.5, "mix_weight": 0.4, "mix_level": "loss"}
-    given |= {"second_temperature": 0.7, "order": 2, "radius": 3.0, "norm_p": 4.0}
+    given |= {"second_temperature": 0.7, "order": 2, "radius": 3.0, "norm_p": 4.0, "precision": "bf16"}
     assert set(given) == set(inspect.signature(KernelInfoNCE).parameters)
     wanted = {k: v for k, v in given.items() if k != "radius"} | {"squared_radius": 9.0}
     assert KernelInfoNCE(**given).objective == Objective(**wanted)  # type: ignore[arg-type]
