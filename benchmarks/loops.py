@@ -57,6 +57,8 @@ class Training:
     """
 
     def __init__(self, settings: Pretrain, runtime: Runtime, dataset: Dataset, plan: Plan) -> None:
+        if plan.micro_batches > 1:
+            raise ValueError("optim.micro_batch_size is not measured here: leave it out")
         self.settings, self.runtime, self.dataset, self.plan = settings, runtime, dataset, plan
         self.state = State(settings, runtime, dataset)
         self.model = make_parallel(settings, runtime, self.state)

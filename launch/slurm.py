@@ -26,6 +26,7 @@ from typing import Any
 from launch import job, snapshot, template
 from simclr_ddp import cli, config
 from simclr_ddp.config import Pretrain, option
+from simclr_ddp.run import default_run_dir
 
 FLAGS = {
     "--wait": "follow the log of the job, and exit as it does; Ctrl-C leaves the job alone",
@@ -299,7 +300,7 @@ def _run_dir(command: list[str]) -> Path:
     module, *arguments = command
     if module == "simclr_ddp.pretrain":
         settings: Pretrain = cli.parse(arguments, Pretrain, "[CONFIG.yaml]")
-        return config.default_run_dir(settings)
+        return default_run_dir(settings)
     for argument in arguments[:1]:
         if (Path(argument) / "config.yaml").is_file():
             return Path(argument)

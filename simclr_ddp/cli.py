@@ -76,8 +76,9 @@ def run(
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":
             _report(
-                f"out of GPU memory ({str(error)[:80]} ...): more processes, a smaller optim.global_batch_size or "
-                "data.size, or precision=bf16 takes less; simclr_ddp.doctor predicts it"
+                f"out of GPU memory ({str(error)[:80]} ...): more processes, optim.micro_batch_size (the same "
+                "negatives, fewer images at once), a smaller data.size, or precision=bf16 takes less; "
+                "simclr_ddp.doctor predicts it"
             )
             return 2
         if debug or LOST.search(str(error)) is None:

@@ -106,6 +106,7 @@ class Loss:
 class Optim:
     name: str = option("lars", "optimizer", ("lars", "sgd", "adamw"))
     global_batch_size: int = option(256, "images per step over all ranks", low=2)
+    micro_batch_size: int | None = option(None, "of them, images over all ranks that the encoder holds at once", low=2)
     epochs: int = option(8, "passes over the training images", low=1)
     steps: int | None = option(None, "steps in all, instead of epochs", low=1)
     base_learning_rate: float = option(1.0, "before scaling by the batch size", low=1e-12)
@@ -376,13 +377,6 @@ def result_keys(config: Any) -> dict[str, Any]:
 
 def short_hash(values: dict[str, Any]) -> str:
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def default_run_dir(settings: Pretrain) -> Path:
-    """Where a training run lies: the same settings are the same run. ValueError for a name that leads elsewhere."""
-    if "/" in settings.name:
-        raise ValueError(f"name={settings.name} leads to another folder: a name without / is wanted, or run_dir=...")
-    return Path(settings.run_dir or f"runs/{settings.name}-{short_hash(result_keys(settings))}")
 
 
 def to_yaml(config: Any) -> str:

@@ -29,6 +29,7 @@ from simclr_ddp.pretrain import make_augmentation, make_batches, make_objective
 from simclr_ddp.run import Plan, make_plan
 from simclr_ddp.runtime import Runtime, setup
 from simclr_ddp.state import State
+from simclr_ddp.step import forward_backward
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -173,7 +174,7 @@ def activation_bytes(settings: Pretrain, low: bool = True) -> int:
 
 
 def gpu_memory(settings: Pretrain, ranks: int) -> Finding:
-    share = settings.optim.global_batch_size // ranks
+    share = (settings.optim.micro_batch_size or settings.optim.global_batch_size) // ranks
     low = settings.precision in ("auto", "bf16", "fp16")
     views = VIEWS * share * activation_bytes(settings, low)
     wanted = views + 2 * checkpoint_bytes(settings) + 1_500_000_000  # gradients, averages; libraries and workspace
@@ -185,21 +186,21 @@ def gpu_memory(settings: Pretrain, ranks: int) -> Finding:
         return Finding("ok", text)
     return Finding(
         "warning",
-        f"{text}: more processes, a smaller optim.global_batch_size or data.size, or precision=bf16 takes less",
+        f"{text}: more processes, optim.micro_batch_size, a smaller data.size, or precision=bf16 takes less",
     )
 
 
 def duration(settings: Doctor, dataset: Dataset, plan: Plan) -> Finding:
     """Hours of the whole run, from some steps of one process that are thrown away."""
     runtime = setup(settings.device, settings.precision, settings.threads)
-    rate = steps_per_second(settings, dataset, runtime)
+    rate = steps_per_second(settings, dataset, runtime, plan.micro_batches)
     hours = plan.total_steps / rate / 3600
     images = settings.optim.global_batch_size * rate
     text = f"{plan.total_steps:,} steps at {images:,.0f} images/s take {hours:.2g} hours on one process"
     return Finding("ok", f"{text}; several are about as many times as fast")
 
 
-def steps_per_second(settings: Doctor, dataset: Dataset, runtime: Runtime) -> float:
+def steps_per_second(settings: Doctor, dataset: Dataset, runtime: Runtime, micro_batches: int) -> float:
     count = settings.doctor.steps
     state = State(settings, runtime, dataset)
     augment, objective = make_augmentation(settings, dataset, runtime), make_objective(settings)
@@ -210,14 +211,9 @@ def steps_per_second(settings: Doctor, dataset: Dataset, runtime: Runtime) -> fl
             if step == 2:  # the first ones choose algorithms
                 _synchronize(runtime.device)
                 begin = time.perf_counter()
-            inputs, sample, labels = next(batches)
-            with runtime.autocast():
-                output = state.model(augment(inputs, 0, sample))
-            loss = objective(output.y[0], output.y[1])
-            probe_loss = 0 if state.probe is None else state.probe.loss(output.logits, labels, sample)
-            state.zero_grad()
-            state.scaler.scale(loss + probe_loss).backward()
-            state.step(skip=~loss.detach().isfinite())
+            batch = next(batches)
+            loss, _ = forward_backward(state.model, state, runtime, objective, augment, batch, 0, micro_batches)
+            state.step(skip=~loss.isfinite())
     _synchronize(runtime.device)
     return count / (time.perf_counter() - begin)
 

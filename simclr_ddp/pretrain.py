@@ -38,6 +38,7 @@ from simclr_ddp.run import Plan, check_agreement, find_checkpoint, identity, loc
 from simclr_ddp.runtime import Runtime, setup
 from simclr_ddp.saver import Saver, dump
 from simclr_ddp.state import State
+from simclr_ddp.step import forward_backward
 from simclr_ddp.watch import watching
 
 PAUSED = 75
@@ -115,19 +116,14 @@ def train(
             set_learning_rate(state.optimizer, rate)
             distributed.note("its data", step + 1)
             with report.waiting():
-                inputs, sample, labels = next(batches)
+                batch = next(batches)
 
             distributed.note("forward and backward")
-            with runtime.autocast():
-                output = model(augment(inputs, epoch, sample))  # y [V, B, d] raw projections
-            loss = objective(output.y[0], output.y[1])  # normalises, gathers, never below float32
-            probe_loss = 0 if state.probe is None else state.probe.loss(output.logits, labels, sample)
-            state.zero_grad()
-            state.scaler.scale(loss + probe_loss).backward()
+            loss, y = forward_backward(model, state, runtime, objective, augment, batch, epoch, plan.micro_batches)
 
             distributed.note("the figures of the step")
-            top1 = objective.top1(output.y[0], output.y[1]) if due else torch.zeros_like(loss)
-            mine = torch.stack([loss.detach(), top1, torch.full_like(loss, told_to_stop())])
+            top1 = objective.top1(y[0], y[1]) if due else torch.zeros_like(loss)
+            mine = torch.stack([loss, top1, torch.full_like(loss, told_to_stop())])
             vector = torch.cat([distributed.all_sum(mine) / distributed.world_size(), state.gradient_norm()[None]])
             guard.before(rate)
             state.step(skip=~vector.isfinite().all())
@@ -225,8 +221,8 @@ def make_parallel(settings: Pretrain, runtime: Runtime, state: State) -> nn.Modu
     model = distributed.data_parallel(state.model, runtime.device)
     if settings.compile:
         model = torch.compile(model)  # type: ignore[assignment]
-    batch = settings.optim.global_batch_size // distributed.world_size()
-    size = settings.data.size
+    optim, size = settings.optim, settings.data.size
+    batch = (optim.micro_batch_size or optim.global_batch_size) // distributed.world_size()
     blank = torch.zeros(VIEWS, batch, 3, size, size, device=runtime.device, dtype=runtime.dtype)
 
     def forward_and_backward() -> None:

@@ -15,8 +15,10 @@ from simclr_ddp import checkpoint, cli, config, distributed
 from simclr_ddp.config import Pretrain, Replay
 from simclr_ddp.data import open_dataset
 from simclr_ddp.pretrain import make_augmentation, make_batches, make_objective, make_parallel
+from simclr_ddp.run import make_plan
 from simclr_ddp.runtime import setup
 from simclr_ddp.state import State
+from simclr_ddp.step import forward_backward
 
 FINE = 3
 
@@ -50,30 +52,27 @@ def replay(wanted: Replay) -> int:
         steps = dataset.count // settings.optim.global_batch_size
         batches = make_batches(settings, dataset, runtime.device, range(step, step + 1))
         model = make_parallel(settings, runtime, state)
-        inputs, sample, labels = next(batches)
+        batch = next(batches)
         batches.close()
-        views = make_augmentation(settings, dataset, runtime)(inputs, step // steps, sample)
+        augment, objective = make_augmentation(settings, dataset, runtime), make_objective(settings)
+        views = augment(batch.inputs, step // steps, batch.sample)
         _say(f"views: from {views.min():.4g} to {views.max():.4g}, {_count(views)}")
         first = FirstFault(state.model)
-        with runtime.autocast():
-            output = model(views)
-        objective = make_objective(settings)
-        loss = objective(output.y[0], output.y[1])
+        parts = make_plan(settings, dataset).micro_batches
+        loss, y = forward_backward(model, state, runtime, objective, augment, batch, step // steps, parts)
         _say(first.told or "every module's output is finite")
-        bad = sample[~output.y.isfinite().all(2).all(0)].tolist()
+        bad = batch.sample[~y.isfinite().all(2).all(0)].tolist()
         if bad:
             _say(
                 f"projections that are not finite: of images {', '.join(map(str, bad[:20]))}{' ...' * (len(bad) > 20)}"
             )
-        norms = output.y.detach().float().norm(dim=2)
+        norms = y.float().norm(dim=2)
         _say(f"norms of the projections: from {norms.min():.4g} to {norms.max():.4g}")
-        scale = saved["scaler"].get("scale", 1.0)
-        probe_loss = 0 if state.probe is None else state.probe.loss(output.logits, labels, sample)
-        ((loss + probe_loss) * scale).backward()
+        scale = state.scaler.get_scale()
         bad = [n for n, p in state.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         _say(f"gradients: {_names(bad)}" + (f" (of a loss scaled by {scale:g})" if scale != 1 else ""))
         norm = state.gradient_norm() / scale
-        mean = distributed.all_sum(loss.detach().clone()) / distributed.world_size()
+        mean = distributed.all_sum(loss.clone()) / distributed.world_size()
         cli.say(f"then: loss {then['loss']:g}, gradient norm {then['gradient_norm']:g}")
         cli.say(f"now:  loss {mean:g}, gradient norm {norm:g}")
         return 0 if not (mean.isfinite() and norm.isfinite()) else FINE

@@ -28,6 +28,7 @@ class Plan:
     warmup_steps: int
     peak_learning_rate: float
     schedule: str
+    micro_batches: int
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(step, self.peak_learning_rate, self.warmup_steps, self.total_steps, self.schedule)
@@ -41,6 +42,12 @@ def make_plan(settings: Pretrain, dataset: Dataset) -> Plan:
             f"optim.global_batch_size={optim.global_batch_size} does not divide among {world_size} ranks: "
             f"take a multiple of {world_size}, or another number of processes"
         )
+    micro = optim.micro_batch_size
+    if micro is not None and (optim.global_batch_size % micro or micro % world_size):
+        raise ValueError(
+            f"optim.micro_batch_size={micro} is wanted to divide optim.global_batch_size={optim.global_batch_size} "
+            f"and to be a multiple of the {world_size} ranks"
+        )
     if dataset.numbers is not None and settings.data.size != 32:
         raise ValueError(f"data.size={settings.data.size}: Spirograph views are 32 pixels wide, data.size=32 is wanted")
     steps = steps_per_epoch(dataset, optim.global_batch_size)
@@ -51,13 +58,21 @@ def make_plan(settings: Pretrain, dataset: Dataset) -> Plan:
             "never reaches its peak; warm up for less, or train for longer"
         )
     return Plan(
-        run_dir=Path(distributed.from_main(str(config.default_run_dir(settings)))),
+        run_dir=Path(distributed.from_main(str(default_run_dir(settings)))),
         steps_per_epoch=steps,
         total_steps=total,
         warmup_steps=warmup,
         peak_learning_rate=peak_learning_rate(optim.base_learning_rate, optim.scaling, optim.global_batch_size),
         schedule=optim.schedule,
+        micro_batches=optim.global_batch_size // (micro or optim.global_batch_size),
     )
+
+
+def default_run_dir(settings: Pretrain) -> Path:
+    """Where a training run lies: the same settings are the same run. ValueError for a name that leads elsewhere."""
+    if "/" in settings.name:
+        raise ValueError(f"name={settings.name} leads to another folder: a name without / is wanted, or run_dir=...")
+    return Path(settings.run_dir or f"runs/{settings.name}-{config.short_hash(config.result_keys(settings))}")
 
 
 @contextmanager
