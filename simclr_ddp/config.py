@@ -340,7 +340,14 @@ def build(cls: type, layers: list[tuple[str, dict[str, Any]]]) -> Any:
 def _type_name(f: Any) -> str:
     names: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     names |= {int | None: "a whole number or null", float | None: "a number or null"}
-    return names.get(f.type) or {list[float]: "a list of numbers", list[str]: "a list of texts"}[f.type]
+    return (
+        names.get(f.type)
+        or {
+            list[float]: "a list of numbers",
+            list[int]: "a list of whole numbers",
+            list[str]: "a list of texts",
+        }[f.type]
+    )
 
 
 def _check_value(key: str, f: Any, value: Any) -> None:

@@ -6,6 +6,7 @@ Exit status: 0 finished, 75 saved and paused by a signal, 2 settings, data or a 
 every status but 0).
 """
 
+import os
 import signal
 import sys
 import time
@@ -284,6 +285,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         nonlocal first
         if first is None:
             first = time.monotonic()
+            if distributed.is_main():  # print would not do in a handler: it may have been interrupted itself
+                os.write(2, b"stopping at the end of this step; a second signal, in three seconds, kills\n")
         elif time.monotonic() - first > 3:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -45,7 +45,7 @@ def visualize(wanted: Visualize) -> None:
     untrained_loss = make_objective(settings).untrained_loss(settings.optim.global_batch_size)
     save(curves(lines, title, untrained_loss), folder / "curves.png")
     dataset = open_dataset(settings.data.train, "train")
-    save(views_page(dataset, settings, wanted), folder / "views.png")
+    save(views_page(dataset, settings, wanted), folder / "views.png", photographs=True)
     if wanted.maps != "none":
         draw_maps(images_to_map(dataset, settings, wanted), settings, wanted, folder)
 
@@ -129,7 +129,7 @@ def draw_maps(test: Dataset, settings: Pretrain, wanted: Visualize, folder: Path
         return
     colours = colouring(test, index, "" if test.labels is None or test.has_classes else number_names(test)[0])
     step = "" if loaded.step is None else f", step {loaded.step:,}"
-    subtitle = f"{Path(wanted.run).resolve().name}{step}, {len(index):,} test images"
+    subtitle = f"{Path(wanted.run).resolve().name}{step}, {len(index):,} images"
 
     def pictures(chosen: np.ndarray) -> np.ndarray:
         return whole_images(test, index[chosen], loaded.spec.size, 40).permute(0, 2, 3, 1).numpy()

@@ -26,6 +26,9 @@ LIMIT = 240  # seconds for each stage
 
 
 def main() -> int:
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print((__doc__ or "").strip())
+        return 0
     if not torch.cuda.is_available():
         print("error: torch sees no GPU, and this suite needs one: the other tests are `make test`", file=sys.stderr)
         return 2
@@ -45,7 +48,7 @@ def main() -> int:
         results[name] = stage() | {"seconds": round(time.perf_counter() - begin, 1)}
         print(json.dumps(results[name], indent=1), flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")  # after each stage: a lent machine may go at any time
+        out.write_text(json.dumps(results, indent=1) + "\n")  # after each stage: the machine may go at any time
     print(f"wrote {out}")
     return 0 if all(results[name]["passed"] for name in stages) else 1
 
