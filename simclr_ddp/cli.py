@@ -88,14 +88,15 @@ def run(
 
 
 def _report(message: str, alone: bool = False) -> None:
-    """One line on stderr. Before the ranks have met all find the same fault, and rank 0 tells it.
+    """One line on stderr. Before the ranks have met all of a machine find the same fault, and its first tells it.
 
     Later one may be alone with it and has to tell, as it has if rank 0 is the one that did not come; but rank 0 first,
     since the launcher ends all when one exits.
     """
     where = ""
     if not main_rank():
-        if not alone and not getattr(sys.modules.get("simclr_ddp.distributed"), "met", False):
+        met = getattr(sys.modules.get("simclr_ddp.distributed"), "met", False)
+        if not alone and not met and os.environ.get("LOCAL_RANK") != "0":
             return
         time.sleep(1)
         where = f"rank {os.environ['RANK']}: "

@@ -258,7 +258,7 @@ class Visualize:
 
 # What can be changed without changing the parameters that come out.
 HARMLESS = ("name", "run_dir", "device", "threads", "timeout", "compile", "data.test", "data.loader", "data.workers")
-HARMLESS_SECTIONS = ("resume.", "checkpoint.", "log.", "debug.")
+HARMLESS_SECTIONS = ("resume.", "checkpoint.", "log.", "debug.", "verify.", "doctor.")
 
 
 def options(cls: type, prefix: str = "") -> dict[str, Any]:

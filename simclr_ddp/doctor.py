@@ -110,9 +110,12 @@ def images(settings: Doctor, dataset: Dataset, ranks: int) -> Iterator[Finding]:
 
 
 def batch(settings: Pretrain, ranks: int) -> Iterator[Finding]:
-    n = settings.optim.global_batch_size
+    n, micro = settings.optim.global_batch_size, settings.optim.micro_batch_size
     if n % ranks:
         yield Finding("error", f"optim.global_batch_size={n} does not divide among {ranks} processes: a multiple does")
+    elif micro is not None and (n % micro or micro % ranks):
+        way = f"to divide {n} and to be a multiple of {ranks} processes"
+        yield Finding("error", f"optim.micro_batch_size={micro} is wanted {way}")
     else:
         yield Finding("ok", f"batch of {n} images, {n // ranks} a process; {2 * n - 2:,} negatives a view")
 

@@ -80,19 +80,19 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl; a half-written last line is left out."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            continue
     return lines
 
 
 def _cut(path: Path, resume_step: int, tail: Sequence[str]) -> list[str]:
     """Leave the lines up to that step, those of the tail in the place of ones that the file has lost; returns them."""
-    lines = [json.dumps(line) for line in read_metrics(path) if line["step"] <= resume_step]
-    last = json.loads(lines[-1])["step"] if lines else 0
-    lines += [line for line in tail if last < json.loads(line)["step"] <= resume_step]
+    found = {line["step"]: json.dumps(line) for line in read_metrics(path)}
+    found |= {json.loads(line)["step"]: line for line in tail}
+    lines = [line for step, line in sorted(found.items()) if step <= resume_step]
     if path.exists() or lines:
         temporary = path.with_name(f".{path.name}.tmp")
         with temporary.open("w") as file:

@@ -80,6 +80,7 @@ def pretrain(settings: Pretrain) -> int:
             except StepFailed as failed:
                 agreed = {"identity": identity(settings, runtime, dataset), "config": config.plain(settings)}
                 told = dump(plan.run_dir, failed, agreed | state.to_save())
+                distributed.barrier()  # a rank that left before would have its launcher end the one that writes
                 distributed.fail_together(f"{failed}; {told}")
     finally:
         distributed.stop()

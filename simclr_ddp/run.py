@@ -117,7 +117,9 @@ def identity(settings: Pretrain, runtime: Runtime, dataset: Dataset) -> dict[str
 
 def check_agreement(settings: Pretrain, runtime: Runtime, dataset: Dataset) -> None:
     """End all ranks if one of them has other settings, versions or data."""
-    mine = identity(settings, runtime, dataset) | {"the version of torch": torch.__version__}
+    own = ("run_dir", "data.train", "data.test", "data.loader", "data.workers", "device", "threads")  # each machine's
+    same = {key: value for key, value in config.dotted(settings).items() if key not in own}
+    mine = same | identity(settings, runtime, dataset) | {"the version of torch": torch.__version__}
     first, *others = distributed.from_all(mine)
     for rank, theirs in enumerate(others, start=1):
         for key, value in theirs.items():

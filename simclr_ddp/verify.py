@@ -34,9 +34,10 @@ from simclr_ddp.config import Verify
 from simclr_ddp.data import open_dataset
 from simclr_ddp.optim import set_learning_rate
 from simclr_ddp.pretrain import make_augmentation, make_batches, make_objective, make_parallel
-from simclr_ddp.run import make_plan
+from simclr_ddp.run import default_run_dir, make_plan
 from simclr_ddp.runtime import Runtime, describe
 from simclr_ddp.state import State
+from simclr_ddp.step import forward_backward
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # relative; training amplifies rounding
 
@@ -46,12 +47,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def verify(settings: Verify) -> int:
-    wanted = settings.verify
+    wanted, folder = settings.verify, default_run_dir(settings)
     settings.precision = "fp64" if settings.precision == "auto" else settings.precision
-    if 1 in wanted.ranks or any(wanted.images % count for count in wanted.ranks):
+    parts = 2 if settings.optim.micro_batch_size else 1
+    if 1 in wanted.ranks or any(wanted.images % (parts * count) for count in wanted.ranks):
         raise ValueError(
             f"verify.images={wanted.images} does not divide among verify.ranks={list(wanted.ranks)}, "
-            "each of them 2 or more: take a multiple of all"
+            f"each of them 2 or more{', and 2 micro-batches' if parts == 2 else ''}: take a multiple of all"
         )
     peak = 0.0
     if not wanted.loss:
@@ -80,7 +82,6 @@ def verify(settings: Verify) -> int:
             "settings": config.plain(settings),
             "runtime": describe(Runtime(torch.device("cpu"), settings.precision, 1)),
         }
-        folder = make_plan(settings, open_dataset(settings.data.train, "train")).run_dir
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record, indent=1) + "\n"
         checkpoint.replace_atomically(folder / "parity.json", lambda temporary: temporary.write_text(text))
@@ -127,7 +128,9 @@ def _rank(rank: int, count: int, store: str, settings: Verify, peak: float, told
 
 def measure(settings: Verify, peak: float) -> dict[str, Tensor]:
     """Loss and gradients of the first step, parameters after the last; of the whole batch, on every rank."""
+    parts = 2 if settings.optim.micro_batch_size else 1
     settings.optim.global_batch_size = settings.verify.images
+    settings.optim.micro_batch_size = settings.verify.images // 2 if parts == 2 else None
     runtime = Runtime(torch.device("cpu"), settings.precision, 1)
     dataset = open_dataset(settings.data.train, "train")
     augment, objective = make_augmentation(settings, dataset, runtime), make_objective(settings)
@@ -139,17 +142,13 @@ def measure(settings: Verify, peak: float) -> dict[str, Tensor]:
     steps_per_epoch = dataset.count // settings.verify.images
     found: dict[str, Tensor] = {}
     for step in range(settings.verify.steps):
-        inputs, sample, labels = next(batches)
-        with runtime.autocast():
-            output = model(augment(inputs, step // steps_per_epoch, sample))
-        output.y.retain_grad()
-        loss = objective(output.y[0], output.y[1])
-        probe_loss = 0 if state.probe is None else state.probe.loss(output.logits, labels, sample)
-        state.zero_grad()
-        state.scaler.scale(loss + probe_loss).backward()
+        batch, epoch = next(batches), step // steps_per_epoch
+        loss, y = forward_backward(model, state, runtime, objective, augment, batch, epoch, parts)
         if step == 0:
+            y.requires_grad_()
+            objective(y[0], y[1]).backward()
+            found = of_the_batch(loss, y)
             scale = state.scaler.get_scale()
-            found = of_the_batch(loss, output.y, scale)
             found["gradient of the parameters"] = _flat([p.grad for p in state.model.parameters()]) / scale
         state.step(skip=~loss.isfinite())
     batches.close()
@@ -179,13 +178,13 @@ def measure_loss(settings: Verify) -> dict[str, Tensor]:
     return found
 
 
-def of_the_batch(loss: Tensor, y: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+def of_the_batch(loss: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Of all ranks together: the mean loss, and the gradient [V, N, d] that DDP's mean over ranks amounts to."""
     world_size = distributed.world_size()
     assert y.grad is not None
     return {
         "loss": distributed.all_sum(loss.detach().clone()) / world_size,
-        "gradient of the embeddings": distributed.gather(y.grad) / world_size / scale,
+        "gradient of the embeddings": distributed.gather(y.grad) / world_size,
     }
 
 

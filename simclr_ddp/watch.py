@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from simclr_ddp import distributed
@@ -50,9 +50,11 @@ class Watch:
         self._limit, self._every = limit, max(1.0, distributed.world_size() / 64)
         self._stopped, self._judge = threading.Event(), Judge(distributed.world_size(), limit)
         self._store = distributed.watch_store()
+        self._answered = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         if self._store is not None:
             self._thread.start()
+            threading.Thread(target=self._mind_the_store, name="watch of the store", daemon=True).start()
 
     def stop(self) -> None:
         """Say goodbye: the others no longer expect a heartbeat."""
@@ -61,11 +63,17 @@ class Watch:
             self._thread.join(5)  # a store whose machine has gone may never answer
 
     def first_to_tell(self) -> bool:
-        """Whether no other rank has asked this before."""
-        try:
-            return self._store is None or self._store.add("tellers", 1) == 1
-        except Exception:  # it is the store that has gone
-            return True
+        """Whether no other rank has asked this before, or the store does not say."""
+        told = [0]
+
+        def ask() -> None:
+            with suppress(Exception):  # it is the store that has gone
+                told.append(self._store.add("tellers", 1) if self._store is not None else 1)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(2)
+        return told[-1] in (0, 1)
 
     def lost(self, error: str) -> str:
         """Which rank has gone, in a sentence; waits a few heartbeats to know it."""
@@ -88,11 +96,26 @@ class Watch:
                 if not self._stopped.is_set():
                     self._end(f"the launcher or rank 0 is gone: their store can't be reached ({str(error)[:80]})")
                 return
+            self._answered = time.monotonic()
             if leaving:
                 return
             fault = self._judge.look(beats, time.monotonic())
             if fault:
                 self._end(fault)
+
+    def _mind_the_store(self) -> None:
+        """End this process if the store has stopped answering: no call to it has a time limit of its own."""
+        before = time.monotonic()
+        while not self._stopped.wait(self._every):
+            now = time.monotonic()
+            if now - before > self._limit / 2:
+                self._answered = now  # it was this rank, or the whole machine, that stood still
+            before = now
+            if now - self._answered > self._limit:
+                self._end(
+                    f"the store of the ranks has been silent for {now - self._answered:.0f} s: rank 0, which holds it "
+                    "without torchrun, or the launcher's machine stands still or is gone"
+                )
 
     def _exchange(self, beat: int) -> dict[int, dict[str, Any]]:
         """Write this rank's heartbeat; those of all ranks that have begun."""

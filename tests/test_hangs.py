@@ -10,6 +10,7 @@ import pytest
 
 from tests import processes
 from tests.test_resume import settings
+from tests.test_start import free_port, start_rank
 
 LONG = ("optim.steps=4000", "checkpoint.every_steps=0", "timeout=8")
 
@@ -27,3 +28,35 @@ def test_a_rank_that_dies_or_stands_still_is_named(number: int, images: Path, tm
     lines = [line for line in told.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and re.search(r"rank 1 has been silent for \d+ s; last seen at step \d+", lines[0]), told
     assert processes.group(process) == []
+
+
+@pytest.mark.slow
+def test_the_store_stops_answering(images: Path, tmp_path: Path) -> None:
+    """Without torchrun rank 0 holds the store that the ranks watch each other through."""
+    port, arguments = free_port(), settings(images, tmp_path / "run", *LONG)
+    first, second = (start_rank(rank, 2, port, arguments, 60) for rank in (0, 1))
+    try:
+        end = time.monotonic() + 120
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert time.monotonic() < end and first.poll() is None
+            time.sleep(0.1)
+        os.kill(first.pid, signal.SIGSTOP)
+        _, told = second.communicate(timeout=60)
+    finally:
+        first.kill()
+        second.kill()
+        first.communicate()
+    assert second.returncode != 0 and "the store of the ranks has been silent" in told, told
+
+
+@pytest.mark.slow
+def test_a_failed_steps_dump_is_waited_for(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks stay until it is written: torchrun would end the one that writes."""
+    slow = "import time, torch; save = torch.save; torch.save = lambda *a: (time.sleep(6), save(*a))"
+    (tmp_path / "sitecustomize.py").write_text(f"{slow}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    options = ("optim.base_learning_rate=1e30", "optim.name=sgd", "checkpoint.every_steps=0")
+    process = processes.start("simclr_ddp.pretrain", *settings(images, tmp_path / "run", *options), ranks=2)
+    status, told = processes.finish(process)
+    assert status != 0 and "repeats the step" in told, told
+    assert len(list((tmp_path / "run" / "dumps").glob("step-*.pt"))) == 1

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,10 +137,13 @@ def test_wandb_offline_holds_the_same_values(tmp_path: Path, monkeypatch: pytest
     # The run directory's own id, so that a resumed run goes on with its curves and another "cifar10" doesn't.
     assert re.fullmatch(r"run-cifar10-1a2b3c4d-[0-9a-f]{8}\.wandb", file.name)
     assert _wandb_id(run_dir) == file.name[4:-6] != _wandb_id(tmp_path / "elsewhere" / run_dir.name)
+    records, end = [], time.monotonic() + 30
+    while not records or records[-1].WhichOneof("record_type") != "exit":  # its service may write after `finish`
+        assert time.monotonic() < end, "the last record is missing"
+        time.sleep(0.1)
+        records = [format_of.Record.FromString(content) for content in wandb_records(file)]
     mirrored, config = [], {}
-    for content in wandb_records(file):
-        record = format_of.Record()
-        record.ParseFromString(content)
+    for record in records:
         config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         if record.WhichOneof("record_type") == "history":
             items = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}

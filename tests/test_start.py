@@ -39,11 +39,15 @@ def errors(started: list[subprocess.Popen[str]], limit: float = 60) -> tuple[lis
     return [process.returncode for process in started], told
 
 
-@pytest.fixture
-def port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("", 0))
         return free.getsockname()[1]
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
 
 
 def test_a_rank_that_does_not_come_is_named(port: int, images: Path, tmp_path: Path) -> None:
