@@ -36,12 +36,15 @@ class _Decoder(Dataset):
         return torch.from_numpy(out)
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
 def _leave_signals_to_the_parent(_: int) -> None:
     """Only the training process acts on a signal, also where one reaches the whole process group (Ctrl-C, SLURM).
 
     Workers end when it closes their queues, or dies: torch's loader watches for both.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -62,7 +65,11 @@ def read_views(
         worker_init_fn=_leave_signals_to_the_parent,
         prefetch_factor=ahead if workers else None,
     )
-    iterator = iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: no worker is hit before it ignores them
+    try:
+        iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     stop = getattr(iterator, "_shutdown_workers", lambda: None)
     atexit.register(stop)  # Python would end those left open by the signal that they ignore, and wait
     try:

@@ -69,7 +69,7 @@ def assert_equal_runs(run_dir: Path, alone: Path, steps: tuple[int, ...]) -> Non
     ("loader", "kernel", "optimizer", "world_sizes"),
     [
         ("torch", "cosine", "lars", (2, 4)),
-        ("ffcv", "cosine", "lars", (2, 4)),
+        pytest.param("ffcv", "cosine", "lars", (2, 4), marks=pytest.mark.slow),
         ("ffcv", "concat_sum", "lars", (4,)),
         *(
             pytest.param("torch", kernel, optimizer, (2,), marks=pytest.mark.slow)

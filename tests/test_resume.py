@@ -155,6 +155,7 @@ def test_sigterm_to_the_whole_group_spares_the_decoding_processes(images: Path, 
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))) == 1
 
 
+@pytest.mark.slow
 def test_what_only_another_rank_finds_wrong_is_told(images: Path, tmp_path: Path) -> None:
     content = bytearray(images.read_bytes())
     start = 0
