@@ -36,10 +36,7 @@ def test_the_store_stops_answering(images: Path, tmp_path: Path) -> None:
     port, arguments = free_port(), settings(images, tmp_path / "run", *LONG)
     first, second = (start_rank(rank, 2, port, arguments, 60) for rank in (0, 1))
     try:
-        end = time.monotonic() + 120
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert time.monotonic() < end and first.poll() is None
-            time.sleep(0.1)
+        processes.wait_for_step(tmp_path / "run", 20, first)
         os.kill(first.pid, signal.SIGSTOP)
         _, told = second.communicate(timeout=60)
     finally:
