@@ -8,9 +8,10 @@ import json
 import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from inspect import signature
 from typing import Any, NoReturn
@@ -111,15 +112,31 @@ def note(what: str, step: int | None = None) -> None:
         place["step"] = step
 
 
-def watch_store() -> dist.Store | None:
+def watch_store(limit: float) -> dist.Store | None:
     """A connection of its own to the store of the ranks, for them to tell each other where they are.
 
-    None where the process group was made by others: nothing is known of its store.
+    None where the process group was made by others: nothing is known of its store. ConnectionError if it does not
+    answer within `limit` seconds.
     """
     if world_size() == 1 or _met_at is None:
         return None
     address, port, token = _met_at
-    return dist.PrefixStore(f"{token}/watch", dist.TCPStore(address, port, is_master=False))
+    made: list[dist.Store] = []
+
+    def connect() -> None:
+        with suppress(RuntimeError):
+            made.append(dist.TCPStore(address, port, is_master=False))
+
+    # In a thread, since its greeting waits without a limit for a store that does not answer.
+    connecting = threading.Thread(target=connect, daemon=True)
+    connecting.start()
+    connecting.join(limit)
+    if not made:
+        raise ConnectionError(
+            f"the store of the ranks at {address}:{port} does not answer: rank 0, which holds it without torchrun, or "
+            "the launcher's machine stands still or is gone"
+        )
+    return dist.PrefixStore(f"{token}/watch", made[0])
 
 
 def stop() -> None:

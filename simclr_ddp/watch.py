@@ -49,7 +49,7 @@ class Watch:
     def __init__(self, limit: float) -> None:
         self._limit, self._every = limit, max(1.0, distributed.world_size() / 64)
         self._stopped, self._judge = threading.Event(), Judge(distributed.world_size(), limit)
-        self._store = distributed.watch_store()
+        self._store = distributed.watch_store(limit)
         self._answered = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         if self._store is not None:
