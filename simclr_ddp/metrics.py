@@ -78,7 +78,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a half-written last line is left out."""
+    """The whole lines of a metrics.jsonl; half-written and damaged ones are left out."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:

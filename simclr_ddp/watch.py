@@ -3,7 +3,7 @@
 Each rank runs a thread that writes a heartbeat into the store of the process group and reads those of the others. A
 heartbeat counts itself, the steps and the collectives that were begun. What is noticed, within the limit: a rank whose
 thread is silent (stopped, or its machine is gone), and ranks that all go nowhere (one waits for what another will never
-send). A store that can't be reached is the end of the launcher, or of rank 0.
+send). A store that can't be reached, or does not answer, is the end of the launcher, or of rank 0.
 """
 
 import json
