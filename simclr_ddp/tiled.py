@@ -30,7 +30,8 @@ PRECISIONS = ("fp32", "bf16")
 LOG2_E = math.log2(math.e)
 EXCLUDED = -1e30  # log2 k of an anchor's own image: its weight is 0, of which infinity would make a NaN
 SAFE = 64.0  # largest |log2 k| of any pair whose k are added as they are
-TILE = 512  # rows, columns: large enough that a call costs little beside its work, a few together fit the cache
+TILE = 1024  # rows, columns: large enough that a call costs little beside its work, a few together fit the cache
+TRIANGLE = 512  # of tiles on the diagonal, which are halved, since all of their pairs are computed twice
 KEPT = 10 * 2**20  # so many pairs at most are kept for the backward pass: 40 MiB in float32
 
 
@@ -109,21 +110,30 @@ class Tile(NamedTuple):
 def tiles(batch: int, total: int, first: int, symmetric: bool, index: int = 0, count: int = 1) -> list[Tile]:
     """The tiles of 2 * batch anchors against 2 * total columns; of `symmetric` ones the share of rank `index`.
 
-    A multiple of 2 * count runs makes a multiple of count pairs of runs: with enough images all shares are equal.
+    2 * count runs, or a multiple, make a multiple of count pairs of runs: with enough images all shares are equal.
     """
     rows, columns = list(_runs(batch, count)), list(_runs(total, count))
-    chosen = [
+    chosen = [(row, column) for row in rows for column in columns if not symmetric or row < column][index::count]
+    if symmetric:
+        chosen += [pair for run in rows[index::count] for pair in _triangle(run)]
+    return [
         Tile(
             slice(v * batch + a, v * batch + b),
             slice(u * total + c, u * total + d),
-            [offset for offset in {first + a - c} if c - d < 0 and -(b - a) < offset < d - c],
+            [offset for offset in {first + a - c} if -(b - a) < offset < d - c],
             symmetric and (v, a) != (u, c),
         )
-        for v, a, b in rows
-        for u, c, d in columns
-        if not symmetric or (v, a) <= (u, c)
+        for (v, a, b), (u, c, d) in chosen
     ]
-    return chosen[index::count]
+
+
+def _triangle(run: tuple[int, int, int]) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
+    """The pairs of a run with itself on and above its diagonal, in parts where that saves more than it costs."""
+    view, start, stop = run
+    if stop - start <= TRIANGLE:
+        return [(run, run)]
+    first, last = (view, start, (start + stop) // 2), (view, (start + stop) // 2, stop)
+    return [*_triangle(first), (first, last), *_triangle(last)]
 
 
 def _runs(images: int, count: int) -> Iterator[tuple[int, int, int]]:
@@ -216,10 +226,18 @@ class Power:
         near = out <= self.floor * unit if out.amin() <= self.floor * unit else None  # hardly ever
         if near is not None:
             out.clamp_(min=self.floor * unit)
+        if self.gamma == 1:  # x^(γ/2 - 1) is -1 / log2 k, and needs no memory
+            out.sqrt_().neg_()
+            _fill_own(out, own, EXCLUDED)
+            return out, lambda s: (_without(s.div_(out).neg_(), near), None)
         power = out.pow(self.gamma / 2 - 1)
         out.mul_(power).neg_()
         _fill_own(out, own, EXCLUDED)
-        return out, lambda s: (s.mul_(power if near is None else power.masked_fill_(near, 0)), None)
+        return out, lambda s: (_without(s.mul_(power), near), None)
+
+
+def _without(s: Tensor, some: Tensor | None) -> Tensor:
+    return s if some is None else s.masked_fill_(some, 0)
 
 
 class Elementwise:
@@ -403,7 +421,10 @@ class _Gradient:
     def add(
         self, where: slice, on_dots: Tensor, rounded: Tensor, on_squares: Tensor | None, others: Tensor, dim: int
     ) -> None:
-        self.products[..., where, :] += rounded @ others
+        if rounded.dtype == self.products.dtype and rounded.ndim == 2:
+            self.products[where].addmm_(rounded, others)
+        else:
+            self.products[..., where, :] += rounded @ others
         if self.weights is not None:
             self.weights[..., where] += on_dots.sum(dim)
         if on_squares is not None:
