@@ -20,6 +20,8 @@ FLAGS = {
 
 # In the errors of a collective whose other ranks have gone.
 LOST = re.compile(r"Connection (closed|reset|refused)|Broken pipe|NCCL|[Gg]loo")
+MEMORY = re.compile(r"can't allocate memory|not enough memory")
+DECODING = re.compile(r"DataLoader worker .*")
 
 
 def main_rank() -> bool:
@@ -73,14 +75,26 @@ def run(
             traceback.print_exc()
         _report(str(error), alone=isinstance(error, ConnectionError))
         return 2
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":
+    except (RuntimeError, MemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        on_gpu = type(error).__name__ == "OutOfMemoryError"
+        if on_gpu or isinstance(error, MemoryError) or MEMORY.search(str(error)):
+            told = " ".join(str(error).split())
             _report(
-                f"out of GPU memory ({str(error)[:80]} ...): more processes, optim.micro_batch_size (the same "
-                "negatives, fewer images at once), a smaller data.size, or precision=bf16 takes less; "
-                "simclr_ddp.doctor predicts it"
+                f"out of {'GPU memory' if on_gpu else 'memory'} ({told[:80]} ...): more processes, "
+                "optim.micro_batch_size (the same negatives, fewer images at once), a smaller data.size, or "
+                "precision=bf16 takes less; simclr_ddp.doctor predicts it",
+                alone=True,
             )
             return 2
+        if found := DECODING.search(str(error)):
+            _report(
+                f"a decoding process has gone ({found[0][:100]}): often the machine's memory or /dev/shm is full; "
+                "fewer data.workers take less, and the same command goes on",
+                alone=True,
+            )
+            return 1
         if debug or LOST.search(str(error)) is None:
             raise
         _report(f"lost the other ranks ({str(error)[:80]} ...): the one that ended first says why")

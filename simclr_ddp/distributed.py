@@ -24,7 +24,8 @@ from torch import Tensor, nn
 ARRIVAL = 120.0  # seconds that the ranks wait for each other at the start
 met = False  # whether this process has been one of several ranks; stays so after `stop`
 _met_at: tuple[str, int, str] | None = None  # address and port of the store that all ranks have met at, and its part
-place: dict[str, Any] = {"step": 0, "count": 0, "what": "the start", "patient": False}  # where this rank is: see `note`
+# Where this rank is: see `note` and `_begin`.
+place: dict[str, Any] = {"step": 0, "count": 0, "what": "the start", "collective": "none", "patient": False}
 
 
 def start(device: torch.device, limit: float = 600) -> None:
@@ -112,6 +113,11 @@ def note(what: str, step: int | None = None) -> None:
         place["step"] = step
 
 
+def _begin(collective: str) -> None:
+    """Remember the collective that this rank begins, for the watch to tell."""
+    place["collective"], place["count"] = collective, place["count"] + 1
+
+
 def watch_store(limit: float) -> dist.Store | None:
     """A connection of its own to the store of the ranks, for them to tell each other where they are.
 
@@ -166,7 +172,7 @@ def is_main() -> bool:
 
 def barrier() -> None:
     if world_size() > 1:
-        note("a barrier")
+        _begin("barrier")
         dist.barrier()
 
 
@@ -188,6 +194,7 @@ def while_main_works() -> Iterator[None]:
 def all_sum(values: Tensor) -> Tensor:
     """Add up a tensor over all ranks, in place and without a gradient."""
     if world_size() > 1:
+        _begin(f"all_reduce of {list(values.shape)}")
         dist.all_reduce(values)
     return values
 
@@ -196,7 +203,7 @@ def of_all(values: Tensor) -> list[Tensor]:
     """A tensor of one shape on all ranks -> that of each, in rank order, without a gradient."""
     if world_size() == 1:
         return [values]
-    note("the gathering of the loss")
+    _begin(f"all_gather of {list(values.shape)}")
     blocks = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(blocks, values.detach().contiguous())
     return blocks
@@ -212,7 +219,7 @@ def from_main(value: Any) -> Any:
     buffer = torch.zeros(int(length), dtype=torch.uint8, device=device)
     if is_main():
         buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    note("a broadcast")
+    _begin("broadcast")
     dist.broadcast(buffer, 0)
     return json.loads(bytes(buffer.tolist()))
 
@@ -238,6 +245,7 @@ def differing(tensors: dict[str, Tensor]) -> list[str]:
         return []
     low = torch.stack([_digest(t) for t in tensors.values()])
     high = low.clone()
+    _begin("all_reduce of the tensors' digests")
     dist.all_reduce(low, op=dist.ReduceOp.MIN)
     dist.all_reduce(high, op=dist.ReduceOp.MAX)
     return [name for name, same in zip(tensors, (low == high).tolist(), strict=True) if not same]
@@ -254,6 +262,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
         total = values.clone(memory_format=torch.contiguous_format)
+        _begin(f"all_reduce of {list(values.shape)}")
         dist.all_reduce(total)
         return total
 
@@ -270,9 +279,7 @@ def differentiable_sum(values: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
-        blocks = [torch.empty_like(z, memory_format=torch.contiguous_format) for _ in range(world_size())]
-        dist.all_gather(blocks, z.contiguous())
-        return torch.cat(blocks, dim=1)
+        return torch.cat(of_all(z), dim=1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

@@ -77,6 +77,8 @@ def read_views(
             if isinstance(views, str):
                 raise ValueError(views)
             yield views
+    except (ConnectionError, EOFError, FileNotFoundError) as error:  # the memory of a worker that is no more
+        raise RuntimeError(f"DataLoader worker has left: {error}") from error
     finally:
         stop()
         atexit.unregister(stop)

@@ -7,6 +7,7 @@ send). A store that can't be reached, or does not answer, is the end of the laun
 """
 
 import json
+import multiprocessing
 import os
 import sys
 import threading
@@ -40,7 +41,8 @@ def watching(limit: float) -> Iterator[None]:
 
 
 class Watch:
-    """Runs from its making to `stop`, on every rank. Without torchrun's store there is nothing to watch.
+    """Runs from its making to `stop`, on every rank; alone, it watches this process. Where the ranks met by others'
+    doing, nothing is known of their store, and nothing is watched.
 
     limit  seconds; every heartbeat is an entry in the store, and every rank reads all of them: once a second, or less
            often with more than 64 ranks
@@ -52,8 +54,9 @@ class Watch:
         self._store = distributed.watch_store(limit)
         self._answered = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        if self._store is not None:
+        if self._store is not None or distributed.world_size() == 1:
             self._thread.start()
+        if self._store is not None:
             threading.Thread(target=self._mind_the_store, name="watch of the store", daemon=True).start()
 
     def stop(self) -> None:
@@ -119,8 +122,10 @@ class Watch:
 
     def _exchange(self, beat: int) -> dict[int, dict[str, Any]]:
         """Write this rank's heartbeat; those of all ranks that have begun."""
-        assert self._store is not None
-        self._store.set(str(distributed.rank()), json.dumps(distributed.place | {"beat": beat}))
+        own = distributed.place | {"beat": beat}
+        if self._store is None:
+            return {0: own}
+        self._store.set(str(distributed.rank()), json.dumps(own))
         begun = [rank for rank in range(distributed.world_size()) if self._store.check([str(rank)])]
         values = self._store.multi_get([str(rank) for rank in begun])
         return {rank: json.loads(value) for rank, value in zip(begun, values, strict=True)}
@@ -128,9 +133,12 @@ class Watch:
     def _end(self, message: str) -> None:
         """End this process at once, whatever its main thread waits for; the first to do so tells why."""
         if self.first_to_tell():
-            print(f"error: {message} (told by rank {distributed.rank()}); {GO_ON}", file=sys.stderr, flush=True)
+            by = f" (told by rank {distributed.rank()})" if distributed.world_size() > 1 else ""
+            print(f"error: {message}{by}; {GO_ON}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # a launcher ends all ranks when the first exits
+        for decoding in multiprocessing.active_children():
+            decoding.kill()  # one that stands still would stay
         os._exit(1)
 
 
@@ -161,12 +169,13 @@ class Judge:
         if self._moved is None or self._moved[0] != progress or any(b["patient"] for b in beats.values()):
             self._moved = (progress, now)
         elif now - self._moved[1] > self._limit:
+            since = f"nothing has moved for {now - self._moved[1]:.0f} s"
             behind = min(progress, key=lambda rank: (progress[rank], rank))
             ahead = max(progress, key=lambda rank: (progress[rank], -rank))
-            return (
-                f"nothing has moved for {now - self._moved[1]:.0f} s: rank {behind} is behind, at "
-                f"{_place(beats[behind])}; rank {ahead} is at {_place(beats[ahead])}"
-            )
+            if self._world_size == 1:
+                return f"{since}, at {_place(beats[0])}; timeout=... gives a step more time"
+            places = [_place(beats[rank]) for rank in (behind, ahead)]
+            return f"{since}: rank {behind} is behind, at {places[0]}; rank {ahead} is at {places[1]}"
         return ""
 
     def silent(self, limit: float, now: float) -> str:
@@ -179,4 +188,5 @@ class Judge:
 
 
 def _place(beat: dict[str, Any]) -> str:
-    return f"step {beat['step']}, {beat['what']}"
+    last = f", last collective {beat['collective']}" if beat["collective"] != "none" else ""
+    return f"step {beat['step']}, {beat['what']}{last}"

@@ -146,6 +146,14 @@ def test_positional_arguments_and_exit_status(capfd: pytest.CaptureFixture[str])
     assert status("seven", "x") == 7 and status("interrupt", "x") == 130
     assert status("here") == 2 and "out is missing" in only_error(capfd)
     assert status("fail", "x") == 2 and only_error(capfd) == "error: several lines (--debug shows where)"
+    for error in (
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    ):
+        status = cli.run(lambda _, e=error: (_ for _ in ()).throw(e), WriteDataset, "SOURCE OUT", "", ["a", "b"])
+        told = capfd.readouterr().err
+        assert status == 2 and told.count("\n") == 1 and "optim.micro_batch_size" in told, told
     with pytest.raises(RuntimeError):  # not the user's mistake: the traceback is for us
         cli.run(lambda _: (_ for _ in ()).throw(RuntimeError("a bug")), WriteDataset, "SOURCE OUT", "", ["a", "b"])
 

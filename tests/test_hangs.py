@@ -31,6 +31,43 @@ def test_a_rank_that_dies_or_stands_still_is_named(number: int, images: Path, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_decoding_process_dies_or_stands_still(number: int, images: Path, tmp_path: Path) -> None:
+    """Of a run on one process, which no other rank watches."""
+    options = (*LONG, "data.loader=torch", "data.workers=1")
+    process = processes.start("simclr_ddp.pretrain", *settings(images, tmp_path / "run", *options))
+    processes.wait_for_step(tmp_path / "run", 20, process)
+    decoding = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(decoding[0]), number)
+    status, told = processes.finish(process, limit=60)
+    lines = [line for line in told.splitlines() if line.startswith("error:")]
+    wanted = "a decoding process has gone" if number == signal.SIGKILL else "nothing has moved for"
+    assert status != 0 and len(lines) == 1 and wanted in lines[0] and "Traceback" not in told, told
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_rank_that_waits_for_another(images: Path, tmp_path: Path) -> None:
+    """Where the main thread is in a collective, Python calls no handler of signals."""
+    port, arguments = free_port(), settings(images, tmp_path / "run", *LONG, "timeout=300")
+    first, second = (start_rank(rank, 2, port, arguments, 60) for rank in (0, 1))
+    try:
+        processes.wait_for_step(tmp_path / "run", 20, first)
+        os.kill(second.pid, signal.SIGSTOP)
+        time.sleep(1)
+        first.send_signal(signal.SIGTERM)
+        time.sleep(4)
+        assert first.poll() is None, "the first signal asks only"
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(10) == 128 + signal.SIGTERM
+    finally:
+        first.kill()
+        second.kill()
+        _, told = first.communicate()
+        second.communicate()
+    assert "stopping at the end of this step" in told
+
+
+@pytest.mark.slow
 def test_the_store_stops_answering(images: Path, tmp_path: Path) -> None:
     """Without torchrun rank 0 holds the store that the ranks watch each other through."""
     port, arguments = free_port(), settings(images, tmp_path / "run", *LONG)

@@ -12,6 +12,7 @@ def beats(**changes: dict[str, Any]) -> Any:
         told: dict[int, dict[str, Any]] = {}
         for rank in range(3):
             own = {"beat": second, "step": second, "count": 4 * second, "what": "forward", "patient": False}
+            own["collective"] = "barrier" if rank == 2 else "none"
             told[rank] = own | {k: f(second) for k, f in changes.get(f"r{rank}", {}).items()}
         return told
 
@@ -33,7 +34,10 @@ def test_nothing_is_told_of_ranks_that_go_on() -> None:
 def test_a_silent_rank_is_named_with_its_place() -> None:
     frozen = {"beat": lambda s: min(s, 20), "step": lambda s: min(s, 20), "what": lambda s: "its data"}
     told = verdicts(beats(r2=frozen), 35)
-    assert min(told) == 31 and told[31] == "rank 2 has been silent for 11 s; last seen at step 20, its data"
+    assert (
+        min(told) == 31
+        and told[31] == "rank 2 has been silent for 11 s; last seen at step 20, its data, last collective barrier"
+    )
 
 
 def test_a_rank_that_pauses_for_less_than_the_limit_is_forgiven() -> None:
@@ -58,6 +62,13 @@ def test_ranks_that_wait_for_each_other_for_ever() -> None:
     assert told[31] == (
         "nothing has moved for 11 s: rank 1 is behind, at step 19, its data; rank 0 is at step 20, forward"
     )
+
+
+def test_a_process_alone_that_stands_still() -> None:
+    judge, beat = Judge(1, 10), {"step": 7, "count": 21, "what": "its data", "collective": "none", "patient": False}
+    told = {second: judge.look({0: beat | {"beat": second}}, float(second)) for second in range(1, 20)}
+    assert min(second for second, text in told.items() if text) == 12
+    assert told[12].startswith("nothing has moved for 11 s, at step 7, its data; timeout=")
 
 
 def test_while_rank_0_works_alone_nothing_has_to_move() -> None:
