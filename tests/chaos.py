@@ -45,8 +45,11 @@ class Run:
         self.own_disk = False
         self.process: subprocess.Popen[str] | None = None
         self.output = ""
+        self.seen = 0  # the last step of this start
+        self.saves_hit = 0
 
     def start(self) -> None:
+        self.seen = 0
         loader = self.chance.choice(["torch", "ffcv"])
         arguments = [*self.arguments, f"data.loader={loader}"]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -90,7 +93,11 @@ class Run:
             if time.monotonic() > end:
                 raise AssertionError(f"it did not end within {limit:.0f} s\n{self.told()}")
             time.sleep(0.05)
-        self.output += self.told()
+        told = self.told()
+        frames = [line for line in told.splitlines() if line.startswith('  File "') and "/simclr_ddp/" in line]
+        assert not frames, f"a traceback, not a line:\n{told}"
+        self.output += told
+        self.seen = max(self.seen, self.step())
         return self.process.returncode
 
     def told(self) -> str:
@@ -122,6 +129,7 @@ def kill_during_a_save(run: Run) -> bool:
     writer, end = run.rank(0), time.monotonic() + 5
     while time.monotonic() < end and run.running():
         if any(name.startswith(".step-") for name in os.listdir(run.run_dir / "checkpoints")):
+            run.saves_hit += 1
             break
     with contextlib.suppress(ProcessLookupError):
         os.kill(writer, signal.SIGKILL)
@@ -238,7 +246,7 @@ def chaos(folder: Path, ranks: int, faults: int, seed: int, steps: int) -> dict[
         run.own_disk = real
         figures = disturb(run, faults, steps)
         figures["file system"] = "tmpfs of 24 MB" if real else "an ordinary folder: no right to mount, disk not filled"
-        compare(disk / "run", folder / "unbroken", steps)
+        figures |= compare(disk / "run", folder / "unbroken", steps)
     return {"ranks": ranks, "steps": steps, "seed": seed} | figures
 
 
@@ -249,34 +257,43 @@ def disturb(run: Run, faults: int, steps: int) -> dict[str, object]:
         schedule += run.chance.choices([f for f, _ in FAULTS], [share for _, share in FAULTS])
     done: Counter[str] = Counter()
     recomputed: dict[str, list[int]] = defaultdict(list)
-    recoveries, reached = [], 0
+    recoveries, reached, disk_was_full = [], 0, False
     run.start()
     for fault in schedule[:faults]:
         room = max(1, (steps - reached) // (faults - sum(done.values())))
         wanted = run.step() + run.chance.randint(1, max(1, min(2 * EVERY, room)))
         if not run.wait_for_step(min(wanted, steps - 1)):
             raise AssertionError(f"it ended by itself before {fault.__name__}:\n{run.told()}")
-        begin, before = time.monotonic(), run.step()
+        begin = time.monotonic()
         ends = fault(run)
         kind = fault.__name__.replace("_", " ")
         done[kind] += 1
         reached = max(reached, run.step())
+        disk_was_full = disk_was_full or fault is fill_the_disk
         if not ends:
             continue
         if run.wait_for_end() == 0:
             raise AssertionError(f"{fault.__name__} ended with status 0")
+        lost = run.seen  # of truncated metrics: those before they were
         run.start()
         resumed = wait_for_resume(run)
         run.wait_for_step(resumed + 1)
-        recomputed[kind].append(max(0, before - resumed))
+        recomputed[kind].append(max(0, lost - resumed))
         recoveries.append(time.monotonic() - begin)
+        # A checkpoint is on the disk before the next is begun, so up to two intervals; a damaged one costs another.
+        allowed = (3 if fault is flip_a_bit else 2) * EVERY
+        if not disk_was_full:
+            assert recomputed[kind][-1] <= allowed, f"{recomputed[kind][-1]} steps computed twice after {kind}"
+        disk_was_full = False
     if run.wait_for_end(600) != 0:
         raise AssertionError(f"it did not finish:\n{run.told()}")
     return {
         "faults": sum(done.values()),
         "of each kind": dict(sorted(done.items())),
         "resumes": len(recoveries),
+        "saves that were hit": run.saves_hit,
         "checkpoint interval": EVERY,
+        "resumes within the interval": sum(n <= EVERY for found in recomputed.values() for n in found),
         "steps computed twice": sum(map(sum, recomputed.values())),
         "most of them after": {kind: max(found) for kind, found in sorted(recomputed.items())},
         "seconds from fault to new step": {
@@ -300,8 +317,8 @@ def wait_for_resume(run: Run, limit: float = 120) -> int:
     raise AssertionError(f"it did not start again:\n{run.told()}")
 
 
-def compare(run_dir: Path, unbroken: Path, steps: int) -> None:
-    """Parameters and optimizer state bit for bit, and every step of the metrics once, in order."""
+def compare(run_dir: Path, unbroken: Path, steps: int) -> dict[str, object]:
+    """Parameters and optimizer state bit for bit, every step of the metrics once and in order; the figures."""
     name = f"checkpoints/step-{steps:08d}.pt"
     one, other = (torch.load(d / name, weights_only=True) for d in (run_dir, unbroken))
     for key, value in other["model"].items():
@@ -313,6 +330,9 @@ def compare(run_dir: Path, unbroken: Path, steps: int) -> None:
     assert moved > 0.01, f"the parameters moved by {moved:.2%} only"
     found = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert found == list(range(1, steps + 1)), f"metric lines are missing or doubled: {found}"
+    missing, doubled = len(set(range(1, steps + 1)) - set(found)), len(found) - len(set(found))
+    told = {"metric lines missing": missing, "metric lines doubled": doubled}
+    return told | {"parameters moved by": f"{moved:.1%}", "tensors that differ": 0}
 
 
 def make_images(folder: Path) -> Path:
