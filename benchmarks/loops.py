@@ -158,7 +158,7 @@ def check_training(settings: Pretrain, runtime: Runtime, dataset: Dataset) -> st
     parts = make_objective(settings), make_augmentation(settings, dataset, runtime)
     with TemporaryDirectory() as folder, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         plan = replace(plan, run_dir=Path(folder))
-        if train(settings, runtime, dataset, plan, tool, *parts, 0, []) != 0:
+        if train(settings, runtime, dataset, plan, tool, *parts, 0, ([], 0)) != 0:
             raise KeyboardInterrupt
     benchmark = Training(settings, runtime, dataset, plan)
     with closing(benchmark.batches(CHECKED_STEPS)) as batches:

@@ -27,11 +27,25 @@ class MetricsLog:
     """
 
     def __init__(
-        self, run_dir: Path, resume_step: int, log: Log, config: dict[str, Any], tail: Sequence[str] = ()
+        self,
+        run_dir: Path,
+        resume_step: int,
+        log: Log,
+        config: dict[str, Any],
+        tail: Sequence[str] = (),
+        count: int = 0,
     ) -> None:
-        """tail: the `tail` of the log that wrote the checkpoint, which mends a file that has lost its end."""
+        """tail, count: those of the log that wrote the checkpoint: its newest lines, which mend a file that has lost
+        its end, and how many there were in all."""
         self._path = run_dir / "metrics.jsonl"
-        self.tail = deque(_cut(self._path, resume_step, tail)[-TAIL:], maxlen=TAIL)
+        lines = _cut(self._path, resume_step, tail)
+        if len(lines) < count:
+            warn(
+                f"{self._path} has lost {count - len(lines)} of its {count} lines, and the checkpoint holds the newest "
+                f"{len(tail)} only: their curves have a gap"
+            )
+        self.count = max(len(lines), count)
+        self.tail = deque(lines[-TAIL:], maxlen=TAIL)
         self._file = self._path.open("ab", buffering=0)
         self._waiting = b""
         self._wandb = _wandb_run(run_dir, config) if log.wandb else None
@@ -40,6 +54,7 @@ class MetricsLog:
     def write(self, line: dict[str, Any]) -> None:
         warned = bool(self._waiting)
         self.tail.append(json.dumps(line))
+        self.count += 1
         self._waiting += self.tail[-1].encode() + b"\n"
         fault = self._write_waiting()
         if fault is not None and not warned:
@@ -82,9 +97,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            found = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            lines.append(found)
     return lines
 
 

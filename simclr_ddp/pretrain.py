@@ -8,7 +8,9 @@ every status but 0).
 
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
@@ -43,6 +45,7 @@ from simclr_ddp.step import forward_backward
 from simclr_ddp.watch import watching
 
 PAUSED = 75
+STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,7 +78,7 @@ def pretrain(settings: Pretrain) -> int:
                 (plan.run_dir / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier end, if any
                 record_start(settings, runtime, plan, start)
             try:
-                metrics = saved.get("metrics", []) if saved else []
+                metrics = (saved.get("metrics", []), saved.get("metric_count", 0)) if saved else ([], 0)
                 return train(settings, runtime, dataset, plan, state, objective, augment, start, metrics)
             except StepFailed as failed:
                 agreed = {"identity": identity(settings, runtime, dataset), "config": config.plain(settings)}
@@ -95,18 +98,18 @@ def train(
     objective: KernelInfoNCE,
     augment: Callable[..., Tensor],
     start: int,
-    metrics: list[str],
+    metrics: tuple[list[str], int],
 ) -> int:
     """The training loop, from step `start` to the last; returns the exit status.
 
-    metrics  the newest lines of metrics.jsonl up to that step
+    metrics  the newest lines of metrics.jsonl up to that step, and how many there were in all
     """
     device, n = runtime.device, settings.optim.global_batch_size
     batches = make_batches(settings, dataset, device, range(start, plan.total_steps))
     model = make_parallel(settings, runtime, state)
     guard = LearningRateGuard(state.optimizer, settings.optim.base_learning_rate, plan.peak_learning_rate, start)
     plain = config.plain(settings)
-    log = MetricsLog(plan.run_dir, start, settings.log, plain, metrics) if distributed.is_main() else None
+    log = MetricsLog(plan.run_dir, start, settings.log, plain, *metrics) if distributed.is_main() else None
     report = Reporter(log, start, plan.total_steps, n, device, runtime.precision == "fp16")
     save = make_saver(settings, plan, state, report, identity(settings, runtime, dataset))
 
@@ -150,14 +153,15 @@ def train(
                 return PAUSED
             save(step + 1)
 
-    report.act()
-    save(plan.total_steps, now=True)
-    if distributed.is_main():
-        metadata = encoder_metadata(settings, plan.total_steps)
-        checkpoint.export_encoder(plan.run_dir / "encoder.safetensors", state.model.encoder, metadata)
-    report.end()
-    cli.say(f"finished: {plan.run_dir}")
-    return 0
+        distributed.note("the last checkpoint")
+        report.act()
+        save(plan.total_steps, now=True)
+        if distributed.is_main():
+            metadata = encoder_metadata(settings, plan.total_steps)
+            checkpoint.export_encoder(plan.run_dir / "encoder.safetensors", state.model.encoder, metadata)
+        report.end()
+        cli.say(f"finished: {plan.run_dir}")
+        return 0
 
 
 def make_objective(settings: Pretrain) -> KernelInfoNCE:
@@ -247,7 +251,7 @@ def make_saver(settings: Pretrain, plan: Plan, state: State, report: Reporter, a
         if not distributed.is_main() or not due:
             return
         if report.flush():
-            saved = {"step": step, "identity": agreed, "config": config.plain(settings), "metrics": report.tail()}
+            saved = {"step": step, "identity": agreed, "config": config.plain(settings)} | report.to_save()
             saver.save(saved | {"world_size": distributed.world_size()} | state.to_save(), step)
             fault = saver.wait() if now else ""
         else:
@@ -279,25 +283,38 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     """Within, SIGTERM, SIGUSR1 and Ctrl-C only set a flag, which the yielded function tells; a later one kills.
 
     Ctrl-C reaches a process twice, from the terminal and from torchrun, so signals within three seconds count as one.
+    A thread hears them, since Python calls handlers only between two of its own operations, and a rank that waits for
+    another in a collective does none.
     """
-    first: float | None = None
+    told, (hears, tells) = threading.Event(), socket.socketpair()
+    tells.setblocking(False)
 
-    def handle(number: int, _: object) -> None:
-        nonlocal first
-        if first is None:
-            first = time.monotonic()
-            if distributed.is_main():  # print would not do in a handler: it may have been interrupted itself
-                os.write(2, b"stopping at the end of this step; a second signal, in three seconds, kills\n")
-        elif time.monotonic() - first > 3:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+    def listen() -> None:
+        first: float | None = None
+        while number := hears.recv(1):
+            if number[0] not in STOP:
+                continue
+            if first is None:
+                first = time.monotonic()
+                told.set()
+                if distributed.is_main():
+                    os.write(2, b"stopping at the end of this step; a second signal, in three seconds, kills\n")
+            elif time.monotonic() - first > 3:
+                os._exit(128 + number[0])
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    listener = threading.Thread(target=listen, name="signals", daemon=True)
+    listener.start()
+    descriptor = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, lambda *_: None) for number in STOP}
     try:
-        yield lambda: first is not None
+        yield told.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(descriptor)
+        tells.close()
+        listener.join()
+        hears.close()
 
 
 if __name__ == "__main__":

@@ -110,9 +110,9 @@ class Reporter:
         finite = self._write()
         return (self._log is None or self._log.sync()) and finite
 
-    def tail(self) -> list[str]:
-        """The newest metric lines, for the checkpoint that counts on them."""
-        return list(self._log.tail) if self._log is not None else []
+    def to_save(self) -> dict[str, Any]:
+        """The newest metric lines and the number of all, for the checkpoint that counts on them."""
+        return {"metrics": list(self._log.tail), "metric_count": self._log.count} if self._log is not None else {}
 
     def epoch_loss(self) -> float:
         """Mean loss of the steps read since the last call."""

@@ -190,7 +190,12 @@ def record_start(settings: Pretrain, runtime: Runtime, plan: Plan, step: int) ->
     path = plan.run_dir / "config.yaml"
     starts: list[Any] = []
     if path.exists():
-        starts = list(OmegaConf.to_container(OmegaConf.load(path)).get("starts", []))  # type: ignore[union-attr]
-    starts = [s for s in starts if s["step"] < step] + [{"step": step} | describe(runtime)]
+        try:
+            starts = [s for s in config.read_yaml(path).get("starts", []) if s["step"] < step]
+        except (ValueError, TypeError, KeyError) as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            path.replace(aside)
+            cli.warn(f"{path} is damaged ({' '.join(str(error).split())[:120]}): kept as {aside.name}, written anew")
+    starts.append({"step": step} | describe(runtime))
     text = OmegaConf.to_yaml(OmegaConf.create(config.plain(settings) | {"starts": starts}))
     checkpoint.replace_atomically(path, lambda temporary: temporary.write_text(text))

@@ -43,7 +43,7 @@ def test_lines_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == [line_of(1), line_of(2)]
 
 
-@pytest.mark.parametrize("ending", ['{"step": 4, "lo', '{"step": 4}}\n', "\x00\x00\x00", "{"])
+@pytest.mark.parametrize("ending", ['{"step": 4, "lo', '{"step": 4}}\n', "\x00\x00\x00", "{", "42\n", '{"stem": 3}\n'])
 def test_a_half_written_last_line_is_cut_off(ending: str, tmp_path: Path) -> None:
     write(tmp_path, 0, range(1, 4))
     path = tmp_path / "metrics.jsonl"
@@ -53,6 +53,23 @@ def test_a_half_written_last_line_is_cut_off(ending: str, tmp_path: Path) -> Non
     write(tmp_path, 3, range(4, 6))
     assert [json.loads(text) for text in path.read_text().splitlines()] == [line_of(s) for s in range(1, 6)]
     assert path.read_text().endswith("}\n")
+
+
+def test_lines_that_are_lost_for_good_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricsLog(tmp_path, 0, Log(), {})
+    for step in range(1, 216):
+        log.write(line_of(step))
+    log.close()
+    resumed = MetricsLog(tmp_path, 215, Log(), {}, list(log.tail), log.count)
+    resumed.close()
+    assert (resumed.count, capsys.readouterr().err) == (215, "")
+    (tmp_path / "metrics.jsonl").unlink()
+    resumed = MetricsLog(tmp_path, 215, Log(), {}, list(log.tail), log.count)
+    resumed.close()
+    assert "has lost 15 of its 215 lines" in capsys.readouterr().err
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(16, 216))
+    MetricsLog(tmp_path, 215, Log(), {}, list(resumed.tail), resumed.count).close()
+    assert "has lost 15 of its 215 lines" in capsys.readouterr().err, "told at every start"
 
 
 def test_lines_that_were_lost_come_back_from_the_checkpoint(tmp_path: Path) -> None:

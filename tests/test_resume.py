@@ -11,6 +11,7 @@ import torch
 from simclr_ddp import pretrain
 from simclr_ddp.beton import Beton
 from simclr_ddp.metrics import read_metrics
+from simclr_ddp.run import read_settings
 from tests import processes
 
 STEPS = 24
@@ -96,6 +97,16 @@ def test_killed_and_started_again_ends_bitwise_equal(
     status, output = processes.run("simclr_ddp.pretrain", *arguments, ranks=ranks)
     assert status == 0 and "going on from" in output, output
     assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
+
+
+def test_a_damaged_config_is_written_anew(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = settings(images, tmp_path / "run", "data.workers=0")
+    assert pretrain.main([*arguments, "optim.steps=2"]) == 0
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text()[:200] + "\n\t{")
+    assert pretrain.main([*arguments, "optim.steps=4", "resume.force=[optim.steps]"]) == 0
+    assert "config.yaml is damaged" in capfd.readouterr().err and path.with_name("config.yaml.damaged").exists()
+    assert read_settings(tmp_path / "run").optim.steps == 4
 
 
 def test_sigterm_saves_and_pauses_and_the_same_command_goes_on(images: Path, loader: str, tmp_path: Path) -> None:
