@@ -24,7 +24,7 @@ class _Ranks:
         return distributed.gather(z.flatten(0, -3)).unflatten(0, z.shape[:-2])
 
     def all_rows(self, own: Tensor) -> Tensor:
-        """[2, B] -> [2, N]"""
+        """[*, B] -> [*, N]"""
         return torch.cat(distributed.of_all(own), dim=1)
 
     def log_sum(self, parts: Tensor) -> Tensor:
@@ -46,6 +46,7 @@ class KernelInfoNCE(nn.Module):
     order               1 to 3, of arccos
     radius, norm_p      embeddings are put on the sphere of this radius in this norm
     precision           fp32 or bf16, of the products that make the gradient (simclr_ddp.tiled.Problem)
+    backend             tiled, or triton: experimental, and only on a GPU (simclr_ddp.triton_log_sums)
 
     Raises ValueError for settings that make no sense together.
     """
@@ -63,6 +64,7 @@ class KernelInfoNCE(nn.Module):
         radius: float = 1.0,
         norm_p: float = 2.0,
         precision: str = "fp32",
+        backend: str = "tiled",
     ) -> None:
         super().__init__()
         self.objective = Objective(
@@ -76,6 +78,7 @@ class KernelInfoNCE(nn.Module):
             squared_radius=radius * abs(radius),  # a negative one is refused
             norm_p=norm_p,
             precision=precision,
+            backend=backend,
         )
 
     def forward(self, y_a: Tensor, y_b: Tensor) -> Tensor:

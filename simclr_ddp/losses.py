@@ -27,7 +27,7 @@ from torch import Tensor
 
 from simclr_ddp import tiled
 from simclr_ddp.products import Product
-from simclr_ddp.tiled import PRECISIONS, LogKernel, Ranks
+from simclr_ddp.tiled import BACKENDS, PRECISIONS, LogKernel, Ranks
 
 MIXTURES = ("simple_sum", "concat_sum")
 KERNELS = ("cosine", "gaussian", "laplacian", "exponential", *MIXTURES, "arccos", "spectral")
@@ -49,6 +49,7 @@ class Objective:
     squared_radius      μ: embeddings have norm √μ
     norm_p              which norm; math.inf for the maximum norm
     precision           "fp32" or "bf16", of the products that make the gradient: see `tiled.Problem`
+    backend             "tiled" or "triton", what computes it on a GPU; the latter is experimental: see `tiled.Problem`
 
     In `simple_sum` both parts see the whole embedding; in `concat_sum` the first sees its first half, the Gaussian
     its second, after one normalisation of the whole.
@@ -64,11 +65,13 @@ class Objective:
     squared_radius: float = 1.0
     norm_p: float = 2.0
     precision: str = "fp32"
+    backend: str = "tiled"
 
     def __post_init__(self) -> None:
         _require_choice("kernel", self.kernel, KERNELS)
         _require_choice("mix_level", self.mix_level, MIX_LEVELS)
         _require_choice("precision", self.precision, PRECISIONS)
+        _require_choice("backend", self.backend, BACKENDS)
         _require_positive("temperature", self.temperature)
         _require_positive("gamma", self.gamma)
         _require_positive("radius (the squared radius of the sphere of embeddings)", self.squared_radius)
@@ -128,13 +131,13 @@ def contrastive_loss(z: Tensor, z_all: Tensor, first: int, objective: Objective,
         losses = []
         for part, kernel in enumerate(_parts(objective)):
             select = partial(torch.select, dim=0, index=part) if objective.kernel == "concat_sum" else (lambda z: z)
-            losses.append(_tiled_info_nce(*_each(select, z, z_all), first, kernel, objective.precision, ranks))
+            losses.append(_tiled_info_nce(*_each(select, z, z_all), first, kernel, objective, ranks))
         return objective.mix_weight * losses[0] + (1 - objective.mix_weight) * losses[1]
-    return _tiled_info_nce(z, z_all, first, log_kernel(objective), objective.precision, ranks)
+    return _tiled_info_nce(z, z_all, first, log_kernel(objective), objective, ranks)
 
 
 def _tiled_info_nce(
-    z: Tensor, z_all: Tensor, first: int, log_kernel: LogKernel, precision: str, ranks: Ranks | None
+    z: Tensor, z_all: Tensor, first: int, log_kernel: LogKernel, objective: Objective, ranks: Ranks | None
 ) -> Tensor:
     """`info_nce` by tiles."""
     if z is z_all or ranks is not None:  # both views of a pair are here: it counts for either
@@ -147,7 +150,7 @@ def _tiled_info_nce(
     def plain(z: Tensor, z_all: Tensor) -> Tensor:
         return _log_kernels(z, z_all, first, log_kernel)[1].logsumexp(dim=1)
 
-    problem = tiled.Problem(_tile_kernel(log_kernel), plain, first, precision, ranks)
+    problem = tiled.Problem(_tile_kernel(log_kernel), plain, first, objective.precision, ranks, objective.backend)
     excess = tiled.log_sums(z, z_all, problem) - positive
     return torch.logaddexp(excess, torch.zeros_like(excess)).mean()  # log(1 + exp(excess)), exact near 0 too
 

@@ -16,6 +16,8 @@ low temperatures, each row and each column is taken relative to its own largest,
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,6 +29,7 @@ LogKernel = Callable[[Tensor, Tensor], Tensor]
 Slope = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 PRECISIONS = ("fp32", "bf16")
+BACKENDS = ("tiled", "triton")
 LOG2_E = math.log2(math.e)
 EXCLUDED = -1e30  # log2 k of an anchor's own image: its weight is 0, of which infinity would make a NaN
 SAFE = 64.0  # largest |log2 k| of any pair whose k are added as they are
@@ -59,6 +62,8 @@ class Problem:
                1e-4 to 3e-3 of the gradient's norm, most where embeddings cluster. The kernels are float32 either way.
     ranks      None: the gradient in z and in z_all is this process's. Else z_all are all ranks' z, taken as constant,
                and the gradient in z is that of the sum over ranks of what each makes of its log-sums.
+    backend    "tiled", or "triton": the kernels of `simclr_ddp.triton_log_sums` where they can do it. Experimental:
+               checked through Triton's interpreter, not measured on a GPU yet.
     """
 
     kernel: "TileKernel"
@@ -66,6 +71,7 @@ class Problem:
     first: int
     precision: str
     ranks: Ranks | None
+    backend: str = "tiled"
 
 
 def log_sums(z: Tensor, z_all: Tensor, problem: Problem) -> Tensor:
@@ -281,7 +287,10 @@ class _LogSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, z_all: Tensor, symmetric: bool, problem: Problem) -> Tensor:
         ctx.save_for_backward(z, z_all)
-        ctx.symmetric, ctx.problem = symmetric, problem
+        ctx.symmetric, ctx.problem, ctx.kernels = symmetric, problem, _triton(z, problem)
+        if ctx.kernels is not None:
+            ctx.sums = ctx.kernels.forward(z, z_all, problem)
+            return ctx.sums / LOG2_E
         work = _Pairs(z, z_all, symmetric, problem)
         sums, ctx.kept = work.log_sums(any(ctx.needs_input_grad))
         if problem.ranks is not None:
@@ -300,6 +309,10 @@ class _LogSums(torch.autograd.Function):
             found = iter(torch.autograd.grad(ctx.problem.plain(z, columns), wanted, gradient, create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None
 
+        if ctx.kernels is not None:
+            columns_too = ctx.needs_input_grad[1]
+            both = ctx.kernels.backward(z, z_all, ctx.sums, gradient, ctx.problem, ctx.symmetric, columns_too)
+            return *both, None, None
         if ranks is not None:
             gradient = ranks.all_rows(gradient.view(2, -1)).flatten()
         work = _Pairs(z, z_all, ctx.symmetric, ctx.problem)
@@ -310,6 +323,22 @@ class _LogSums(torch.autograd.Function):
         if ranks is not None:
             rows = ranks.sum(rows)
         return work.own(rows).view(z.shape), columns.view(z_all.shape) if ctx.needs_input_grad[1] else None, None, None
+
+
+def _triton(z: Tensor, problem: Problem) -> ModuleType | None:
+    """The Triton kernels if they were asked for; ValueError if they can't do it."""
+    if problem.backend != "triton":
+        return None
+    if find_spec("triton") is None:
+        raise ValueError("backend='triton', but Triton is not installed: 'tiled' computes the same without it")
+    from simclr_ddp import triton_log_sums
+
+    if not triton_log_sums.usable(z, problem.kernel):
+        raise ValueError(
+            f"backend='triton' has no kernel for {type(problem.kernel).__name__.lower()} in {z.dtype} of width "
+            f"{z.shape[-1]} on {z.device.type}: 'tiled' computes the same"
+        )
+    return triton_log_sums
 
 
 class _Pairs:

@@ -3,14 +3,16 @@
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from simclr_ddp import KernelInfoNCE, data
+from simclr_ddp import KernelInfoNCE, data, tiled
 from simclr_ddp.distributed import CrossRankBatchNorm
+from simclr_ddp.losses import Objective, _tile_kernel, contrastive_loss, log_kernel, normalize
 from simclr_ddp.optim import make_optimizer, set_learning_rate
 from tests import processes
 from tests.ranks import Ranks
@@ -73,6 +75,89 @@ def test_loss_and_gradient_are_those_of_the_cpu(kernel: str) -> None:
     (loss_cpu, gradient_cpu), (loss_gpu, gradient_gpu) = results
     assert torch.allclose(loss_gpu, loss_cpu, rtol=1e-5)
     assert (gradient_gpu - gradient_cpu).norm() < 1e-3 * gradient_cpu.norm()
+
+
+# Few: every kernel and width is compiled anew.
+TRITON_CASES = [(kernel, *shape) for kernel in ("cosine", "laplacian") for shape in ((1, 16), (100, 100), (1500, 128))]
+TRITON_CASES += [("gaussian", 100, 100), ("exponential", 100, 100), ("laplacian", 300, 512)]
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+@pytest.mark.parametrize(("kernel", "images", "width"), TRITON_CASES)
+def test_triton_equals_float64(kernel: str, images: int, width: int, temperature: float) -> None:
+    pytest.importorskip("triton")
+    z, gamma = embeddings(images, width), 0.5 if kernel == "exponential" else 1.0
+    results = []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "tiled")):
+        objective = Objective(kernel, temperature, gamma=gamma, backend=backend)
+        leaf = z.to(dtype).requires_grad_()
+        loss = contrastive_loss(leaf, leaf, 0, objective)
+        results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+    (loss, gradient), (expected, expected_gradient) = results
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
+    assert (gradient - expected_gradient).norm() <= 1e-3 * expected_gradient.norm()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kernel", ["cosine", "laplacian"])
+def test_triton_takes_anchors_of_a_part_of_the_batch(kernel: str, precision: str) -> None:
+    pytest.importorskip("triton")
+    z_all, results = embeddings(300, 128), []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "tiled")):
+        objective = Objective(kernel, 0.2, precision=precision, backend=backend)
+        columns = z_all.to(dtype).requires_grad_()
+        rows = columns.detach()[:, 100:170].clone().requires_grad_()
+        results.append(torch.autograd.grad(contrastive_loss(rows, columns, 100, objective), (rows, columns)))
+    for got, expected in zip(*results, strict=True):
+        assert (got - expected).norm() <= (1e-3 if precision == "fp32" else 5e-3) * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "width", "precision"),
+    [("cosine", 128, "fp32"), ("laplacian", 128, "fp32"), ("laplacian", 128, "bf16"), ("laplacian", 512, "fp32")],
+)
+def test_what_autotuning_chooses_changes_no_bit(
+    kernel: str, width: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a resumed run, which is timed anew, would not be the unbroken one."""
+    OutOfResources = pytest.importorskip("triton").OutOfResources
+    from simclr_ddp import triton_log_sums
+    from simclr_ddp.triton_log_sums import STAGES, Side
+
+    z, of = embeddings(1000, width), _tile_kernel(log_kernel(Objective(kernel, 0.2)))
+    assert triton_log_sums.usable(z, of)
+    results = []
+    for stages in (*STAGES, STAGES[-1]):
+        monkeypatch.setattr(triton_log_sums, "STAGES", (stages,))
+        triton_log_sums._tuned.cache_clear()
+        with suppress(OutOfResources):  # autotuning leaves it out, too
+            sums = triton_log_sums.log_sums(Side(z, 0), Side(z, 0), of)
+            side = Side(z, 0, sums, torch.full_like(sums, 1e-3))
+            results.append((sums, triton_log_sums.gradient(side, side, of, precision)))
+    triton_log_sums._tuned.cache_clear()
+    assert len(results) > 1
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_triton_does_not_wait_for_the_gpu() -> None:
+    pytest.importorskip("triton")
+    z = embeddings(300, 128)
+    leaf, problem = z.clone().requires_grad_(), tiled.Problem(tiled.Cosine(5.0), max, 0, "fp32", None, "triton")
+    for mode in ("default", "error"):  # the first call compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            torch.autograd.grad(tiled.log_sums(leaf, leaf, problem).mean(), leaf)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def embeddings(images: int, width: int) -> Tensor:
+    """[2, N, D] float32 on the GPU: views so far apart that the loss isn't 0 at low temperatures either."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(images, width, generator=generator)
+    return normalize(torch.stack([first, first + 3 * torch.randn(first.shape, generator=generator)])).cuda()
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])

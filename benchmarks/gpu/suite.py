@@ -1,8 +1,8 @@
 """Everything that only a GPU can show, in one command: `python -m benchmarks.gpu.suite [OUT.json]`
 
-Stages: the tests marked gpu, a short training run on every GPU of this machine, and benchmarks.step on them. The
-results, with hardware and versions, go to OUT.json, by default benchmarks/results/gpu_suite_<GPU>.json. Exit status 1
-if a stage failed; the later stages run all the same.
+Stages: the tests marked gpu, a short training run on every GPU of this machine, a short benchmarks.gpu.log_sums, and
+benchmarks.step on all GPUs. The results, with hardware and versions, go to OUT.json, by default
+benchmarks/results/gpu_suite_<GPU>.json. Exit status 1 if a stage failed; the later stages run all the same.
 """
 
 import json
@@ -40,6 +40,7 @@ def main() -> int:
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "tests": gpu_tests,
         "training": lambda: training(ranks, "optim.steps=300", "log.every_steps=20"),
+        "log-sums": lambda: log_sums("--sizes=512,4096", "--widths=128"),
         "step": lambda: step(ranks, "--rounds=5", "optim.global_batch_size=4096", "model.width=1"),
     }
     for name, stage in stages.items():
@@ -101,6 +102,15 @@ def training(ranks: int, *overrides: str) -> dict[str, Any]:
         "data_wait_fraction": median(line["data_wait_fraction"] for line in lines),
         "peak_memory_bytes": max(line["peak_memory_bytes"] for line in lines),
     }
+
+
+def log_sums(*arguments: str) -> dict[str, Any]:
+    """benchmarks.gpu.log_sums: what computes the loss, at a few sizes."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "log_sums.json"
+        passed, output = run([sys.executable, "-m", "benchmarks.gpu.log_sums", f"--out={out}", *arguments])
+        measurements = json.loads(out.read_text())["measurements"] if out.exists() else []
+    return {"passed": passed, "measurements": measurements} | ({} if passed else {"output": output})
 
 
 def step(ranks: int, *arguments: str) -> dict[str, Any]:
