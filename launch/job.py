@@ -3,8 +3,12 @@
 SLURM sends its warning (USR1: the time limit or a preemption comes), or SIGTERM, to the tasks of the job. The command
 saves and ends with status 75; the task then ends with 0 and leaves a note, on which the batch script queues the
 job again (see launch.slurm). The handler of the signals only remembers them and passes them on.
+
+A node that SLURM gives up, as its daemon there does not answer, may still run its ranks when the job starts again. A
+start therefore says that it is the newest, at which the ranks of the one before save and end, and waits for them.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -22,6 +26,8 @@ from submitit.helpers import TorchDistributedEnvironment
 
 from launch import meeting
 
+WATCH = 5.0  # seconds between two looks at whether the job has started again elsewhere
+SAVING = 60.0  # seconds that a command then has to save
 PAUSED = 75  # exit status of a command that was told to stop, and has saved
 REQUEUED = "scontrol requeue"  # SIGTERM alone; if the batch script survives it, it was a preemption
 
@@ -31,6 +37,7 @@ class Job:
     command: list[str]  # module and arguments
     folder: Path  # of logs, snapshots and notes, on a file system that all nodes share
     progress: Path  # a file whose content changes as the command gets on
+    lock: Path  # which a command that trains holds
     gpus: int  # that each node was asked for
     time_limit: float  # seconds
     warning: float  # seconds before it at which SLURM tells
@@ -52,9 +59,13 @@ def run(job: Job) -> None:
     began, start = time.monotonic(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     os.environ.pop("MASTER_PORT", None)  # of the shell that submitted; submitit's is a function of the job's id
     ranks = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-    job_id, node = ranks._job_env.raw_job_id, ranks._job_env.hostnames[ranks._job_env.node]
-    note, main = job.folder / f"{job_id}.again", ranks.rank == 0
+    job_id, node = ranks._job_env.job_id, ranks._job_env.hostnames[ranks._job_env.node]
+    note, newest, main = job.folder / f"{job_id}.again", job.folder / f"{job_id}.start", ranks.rank == 0
     try:
+        if main:
+            newest.write_text(str(start))
+            if start:
+                _wait_for_the_start_before(job, lambda: bool(told))
         if ranks.local_rank == 0:
             _check_gpus(job.gpus, node)
         _meet(job, ranks, job.folder / f"{job_id}-{start}.address", lambda: bool(told))
@@ -68,7 +79,7 @@ def run(job: Job) -> None:
     child.append(subprocess.Popen([sys.executable, "-m", *job.command]))
     if told:
         child[0].send_signal(signal.SIGTERM)
-    status = child[0].wait()
+    status = _wait(child[0], newest, start) if ranks.local_rank == 0 else child[0].wait()
     if status == PAUSED or (told and status):
         limit = signal.SIGUSR1 in told and time.monotonic() - began > job.time_limit - job.warning - 60
         if limit and main and _read(job.progress) == before:
@@ -78,6 +89,39 @@ def run(job: Job) -> None:
     if status:
         _fail(f"rank {ranks.rank} on {node}: {job.command[0]} ended with status {status}", max(status, 1))
     return None
+
+
+def _wait(child: subprocess.Popen[bytes], newest: Path, start: int) -> int:
+    """The exit status of the command, which is ended if the job has started again without this one's having ended."""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(WATCH)
+        if int(_read(newest) or 0) > start:
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(SAVING)
+            child.kill()
+            _fail("SLURM had given this node up and has started the job again: this start of it ends", 1)
+
+
+def _wait_for_the_start_before(job: Job, stop: Callable[[], bool]) -> None:
+    """Until nobody holds the run directory, or half the time in which the nodes must meet is over."""
+    end = time.monotonic() + job.arrival / 2
+    while time.monotonic() < end and _is_held(job.lock):
+        if stop():
+            raise ConnectionAbortedError("told to stop")
+        time.sleep(0.5)
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with path.open("r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # it is not there, or on a file system without locks
+        return False
+    return False
 
 
 def _check_gpus(wanted: int, node: str) -> None:
@@ -97,7 +141,7 @@ def _meet(job: Job, ranks: Any, file: Path, stop: Callable[[], bool]) -> None:
     """Make MASTER_ADDR and MASTER_PORT those of a free port that every node reaches."""
     nodes = list(ranks._job_env.hostnames)
     if ranks.rank == 0:
-        for old in job.folder.glob(f"{ranks._job_env.raw_job_id}-*.address"):
+        for old in job.folder.glob(f"{ranks._job_env.job_id}-*.address"):
             old.unlink()
         address = nodes[0] if len(nodes) > 1 else "127.0.0.1"
         port = meeting.host(file, address, ranks.master_port, nodes, job.arrival, stop)

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ FLAGS = {
     "--print-sbatch": "print an sbatch script that starts torchrun, for use without this command",
 }
 POLL = 3.0  # seconds between two looks at a job
+PROGRESS = 'cat "$run_dir/checkpoints/latest" 2>/dev/null'  # of the batch script: what was saved last
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 ENDED |= {"DEADLINE", "REVOKED", "UNKNOWN"}
 
@@ -67,7 +68,7 @@ class Slurm:
 
 @dataclass(frozen=True)
 class Plan:
-    """A job to be: what it runs, and where it keeps what."""
+    """A job to be, or a task of an array: what it runs, and where it keeps what."""
 
     command: list[str]  # as the user gave it
     run_dir: Path
@@ -98,7 +99,7 @@ def _launch(settings: Slurm, command: list[str], flags: set[str], again: str) ->
     if "--local" in flags:
         return _run_here(settings, plan)
     if "--dry-run" in flags:
-        cli.say(script(settings, plan))
+        cli.say(script(settings, [plan]))
         return 0
     job_id = submit(settings, plan)
     log = plan.folder / f"{job_id}_0_log.out"
@@ -110,8 +111,11 @@ def _launch(settings: Slurm, command: list[str], flags: set[str], again: str) ->
     return follow(job_id, plan.folder) if "--wait" in flags else 0
 
 
-def make_plan(command: list[str]) -> Plan:
-    """What a job with that command would be. Raises ValueError where the command can't be run."""
+def make_plan(command: list[str], code: dict[Path, bytes] | None = None) -> Plan:
+    """What a job with that command would be. Raises ValueError where the command can't be run.
+
+    code  snapshot.sources(), for who makes many plans
+    """
     if not command:
         raise ValueError("no command: write `-- simclr_ddp.pretrain configs/pretrain/NAME.yaml` after the options")
     try:
@@ -121,9 +125,9 @@ def make_plan(command: list[str]) -> Plan:
     if not known:
         raise ValueError(f"{command[0]} is no command: simclr_ddp.pretrain is one, without `python -m` before it")
     run_dir = _run_dir(command).absolute()
-    if "%" in str(run_dir) or not str(run_dir).isprintable():
+    if {"%", "\\"} & set(str(run_dir)) or not str(run_dir).isprintable():
         raise ValueError(f"run_dir={run_dir} holds a character that SLURM can't have in the names of logs")
-    files = snapshot.collect(command)
+    files = snapshot.collect(command, code)
     folder = run_dir / "slurm"
     return Plan(command, run_dir, folder, files, folder / f"code-{snapshot.digest(files)}")
 
@@ -132,16 +136,12 @@ def tasks_per_node(settings: Slurm) -> int:
     return settings.tasks_per_node or settings.gpus_per_node or 1
 
 
-def parameters(settings: Slurm, plan: Plan) -> dict[str, Any]:
-    """submitit's parameters of the job."""
-    srun = ["--kill-on-bad-exit=1", f"--cpus-per-task={settings.cpus_per_task}"]  # srun does not ask sbatch for it
-    if settings.container:
-        here = str(Path.cwd())
-        mounts = f"{here}:{here},{plan.run_dir}:{plan.run_dir}"
-        srun += [f"--container-image={settings.container}", f"--container-workdir={here}"]
-        srun += (
-            [] if any(a.startswith("--container-mounts=") for a in settings.srun) else [f"--container-mounts={mounts}"]
-        )
+def parameters(settings: Slurm, plans: list[Plan], at_once: int = 0) -> dict[str, Any]:
+    """submitit's parameters of the job, or, with `at_once`, of the array of so many running tasks at most."""
+    # Not submitit's USR2: the commands of the package know USR1.
+    others = {"signal": f"USR1@{settings.warning_seconds}", "requeue": True}
+    if at_once:
+        others["output"] = str(plans[0].folder / "%A_array.log")  # what SLURM says of the tasks
     wanted = {
         "job_name": settings.name,
         "nodes": settings.nodes,
@@ -157,16 +157,12 @@ def parameters(settings: Slurm, plan: Plan) -> dict[str, Any]:
         "exclude": settings.exclude,
         "dependency": settings.dependency,
         "comment": settings.comment,
-        "setup": [
-            f"before=$({_progress(plan)})",
-            *(f"export {k}={shlex.quote(v)}" for k, v in variables(settings, plan).items()),
-            *settings.setup,
-        ],
-        "teardown": _queue_again(plan),
+        "setup": [*_places(plans, at_once), *_exports(settings), *settings.setup],
+        "teardown": _queue_again(),
         "stderr_to_stdout": True,
-        "srun_args": [*srun, *settings.srun],
-        # Not submitit's USR2: the commands of the package know USR1.
-        "additional_parameters": {"signal": f"USR1@{settings.warning_seconds}", "requeue": True},
+        "use_srun": False,  # submitit's has no shell variables; see _srun
+        "array_parallelism": at_once or None,
+        "additional_parameters": others,
     }
     return {name: value for name, value in wanted.items() if value not in (None, "")}
 
@@ -174,7 +170,7 @@ def parameters(settings: Slurm, plan: Plan) -> dict[str, Any]:
 def variables(settings: Slurm, plan: Plan) -> dict[str, str]:
     """Environment variables of the job: with these, and no folder before them, Python finds the snapshot's code."""
     path = os.pathsep.join([str(plan.code), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "SUBMITIT_LOG_LEVEL": "ERROR"} | chosen_variables(settings)
+    return {"PYTHONPATH": path} | _other_variables(settings)
 
 
 def chosen_variables(settings: Slurm) -> dict[str, str]:
@@ -183,33 +179,77 @@ def chosen_variables(settings: Slurm) -> dict[str, str]:
     return dict.fromkeys(names, settings.interface) | dict(pair.split("=", 1) for pair in settings.environment)
 
 
-def script(settings: Slurm, plan: Plan) -> str:
-    """The sbatch script that `submit` hands to SLURM; this works without SLURM, too."""
+def script(settings: Slurm, plans: list[Plan], at_once: int = 0) -> str:
+    """The sbatch script that `submit` or `submit_array` hands to SLURM; this works without SLURM, too."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    command = f"{_python(settings)} -u -m submitit.core._submit {shlex.quote(str(plan.folder))}"
-    return _make_sbatch_string(command=command, folder=plan.folder, **parameters(settings, plan))
+    plans = _sharing(plans)
+    count = {"map_count": len(plans)} if at_once else {}
+    wanted = parameters(settings, plans, at_once) | count
+    return _make_sbatch_string(command=_srun(settings, at_once), folder=plans[0].folder, **wanted)
 
 
 def submit(settings: Slurm, plan: Plan) -> str:
     """Write the snapshot and queue the job; its id. Raises ValueError with SLURM's words if it refuses."""
+    return _submit(settings, [plan])
+
+
+def submit_array(settings: Slurm, plans: list[Plan], at_once: int) -> str:
+    """Queue one array; its id, ARRAY. Raises as `submit` does.
+
+    plans    task I, the job ARRAY_I, is plans[I], with its own run directory, logs and starts, and is queued again on
+             its own; equal code lies in the first's folder, to which the other folders have links
+    at_once  so many tasks run at the same time, at most
+    """
+    if not plans or at_once < 1:
+        raise ValueError(f"an array of {len(plans)} runs, {at_once} at once: one or more is wanted")
+    run_dirs = [plan.run_dir for plan in plans]
+    twice = [run_dir for run_dir in run_dirs if run_dirs.count(run_dir) > 1]
+    if twice:
+        raise ValueError(f"run_dir={twice[0]} is wanted by two runs of the array: each takes its own")
+    return _submit(settings, plans, at_once)
+
+
+def _submit(settings: Slurm, plans: list[Plan], at_once: int = 0) -> str:
     import submitit
+    from submitit.core.utils import DelayedSubmission, JobPaths, temporary_save_path
 
     for tool in ("sbatch", "srun", "scontrol"):
         if shutil.which(tool) is None:
             raise ValueError(f"no SLURM on this machine ({tool} is not there): --local runs the command without it")
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    snapshot.write(plan.files, plan.code)
-    executor = submitit.SlurmExecutor(plan.folder, python=_python(settings))
-    executor.update_parameters(**parameters(settings, plan))
+    own, plans = plans, _sharing(plans)
+    for before, plan in zip(own, plans, strict=True):
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        if before.code == plan.code:
+            snapshot.write(plan.files, plan.code)
+        else:
+            snapshot.link(before.code, plan.code)
+    executor = submitit.SlurmExecutor(plans[0].folder)
+    executor.update_parameters(**parameters(settings, plans, at_once))
+    if at_once:
+        executor.parameters["map_count"] = len(plans)
     slurm_conf = {k: v for k, v in os.environ.items() if k == "SLURM_CONF"}
     try:
         # Without the variables of a job that this may be typed in; submitit would print what SLURM says.
         with submitit.helpers.clean_env(), redirect_stderr(io.StringIO()):
             os.environ.update(slurm_conf)
-            return executor.submit(job.run, describe(settings, plan)).job_id
+            queued = executor._submit_command(_srun(settings, at_once)).job_id
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise ValueError(f"SLURM refuses the job: {str(error).replace('sbatch: error: ', '')}") from error
+    for i, plan in enumerate(plans):  # the tasks wait for these files
+        told = DelayedSubmission(job.run, describe(settings, plan))
+        told.set_timeout(settings.minutes, 0)
+        with temporary_save_path(
+            JobPaths(plan.folder, f"{queued}_{i}" if at_once else queued).submitted_pickle
+        ) as file:
+            told.dump(file)
+    return queued
+
+
+def _sharing(plans: list[Plan]) -> list[Plan]:
+    """The plans, of which those with equal code have it in the folder of the first of them."""
+    first: dict[str, Path] = {}
+    return [replace(plan, code=first.setdefault(plan.code.name, plan.code)) for plan in plans]
 
 
 def describe(settings: Slurm, plan: Plan) -> job.Job:
@@ -218,6 +258,7 @@ def describe(settings: Slurm, plan: Plan) -> job.Job:
         command=snapshot.from_snapshot(plan.command, plan.code),
         folder=plan.folder,
         progress=plan.run_dir / "checkpoints" / "latest",
+        lock=plan.run_dir / ".lock",
         gpus=settings.gpus_per_node,
         time_limit=60 * settings.minutes,
         warning=settings.warning_seconds,
@@ -228,24 +269,24 @@ def describe(settings: Slurm, plan: Plan) -> job.Job:
 def follow(job_id: str, folder: Path) -> int:
     """Print rank 0's log, and what other ranks say is wrong, until the job is over; returns its exit status."""
     shown: dict[Path, int] = {}
-    state, told = "", ""
+    now, told = "", ""
     try:
         while True:
-            state, status = _state(job_id)
+            now, status = state(job_id)
             for line in _new_lines(folder, job_id, shown):
                 print(line, flush=True)
-            if state not in ("", "RUNNING", "COMPLETING", "CONFIGURING", told):
-                told = state
-                print(f"job {job_id} is {state}", flush=True)
-            if state in ENDED:
-                return 0 if state == "COMPLETED" else status or 1
+            if now not in ("", "RUNNING", "COMPLETING", "CONFIGURING", told):
+                told = now
+                print(f"job {job_id} is {now}", flush=True)
+            if now in ENDED:
+                return 0 if now == "COMPLETED" else status or 1
             time.sleep(POLL)
     except KeyboardInterrupt:
         print(f"\njob {job_id} goes on without being followed: scancel {job_id} ends it", flush=True)
         return 130
 
 
-def _state(job_id: str) -> tuple[str, int]:
+def state(job_id: str) -> tuple[str, int]:
     """(state, exit status) by SLURM's word, "" while it does not answer; of a job long ended by its accounting's."""
     shown = subprocess.run(["scontrol", "-o", "show", "job", job_id], capture_output=True, text=True, check=False)
     found = re.search(r"JobState=(\w+).* ExitCode=(\d+):(\d+)", shown.stdout)
@@ -326,12 +367,46 @@ def _check_settings(settings: Slurm) -> None:
         raise ValueError(f"tasks_per_node={tasks} with gpus_per_node={gpus}: each GPU is one rank")
 
 
-def _progress(plan: Plan) -> str:
-    """A command of shell that shows what was saved last."""
-    return f"cat {shlex.quote(str(plan.run_dir / 'checkpoints' / 'latest'))} 2>/dev/null"
+def _places(plans: list[Plan], at_once: int) -> list[str]:
+    """The beginning of the batch script: where this job, or this task of the array, keeps what."""
+    paths = [{"run_dir": plan.run_dir, "run_folder": plan.folder, "run_code": plan.code} for plan in plans]
+    lines = [" ".join(f"{name}={shlex.quote(str(path))}" for name, path in one.items()) for one in paths]
+    if at_once:
+        cases = [f"{i}) {line} ;;" for i, line in enumerate(lines)]
+        lines = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
+        lines += ['run_job="$SLURM_ARRAY_JOB_ID"_"$SLURM_ARRAY_TASK_ID"']
+        lines += ['exec >>"$run_folder/${run_job}_0_log.out" 2>&1']
+    else:
+        lines += ['run_job="$SLURM_JOB_ID"']
+    return [*lines, f"before=$({PROGRESS})"]
 
 
-def _queue_again(plan: Plan) -> list[str]:
+def _exports(settings: Slurm) -> list[str]:
+    inherited = os.environ.get("PYTHONPATH")
+    path = '"$run_code"' + (shlex.quote(os.pathsep + inherited) if inherited else "")
+    others = _other_variables(settings)
+    return [f"export PYTHONPATH={path}", *(f"export {k}={shlex.quote(v)}" for k, v in others.items())]
+
+
+def _other_variables(settings: Slurm) -> dict[str, str]:
+    return {"PYTHONSAFEPATH": "1", "SUBMITIT_LOG_LEVEL": "ERROR"} | chosen_variables(settings)
+
+
+def _srun(settings: Slurm, at_once: int) -> str:
+    """The line that starts the ranks, with the variables of `_places`."""
+    words = ["srun", "--unbuffered", '--output="$run_folder/${run_job}_%t_log.out"', "--kill-on-bad-exit=1"]
+    words += [f"--cpus-per-task={settings.cpus_per_task}"]  # srun does not ask sbatch for it
+    if settings.container:
+        here = str(Path.cwd())
+        words += [shlex.quote(f"--container-image={settings.container}"), shlex.quote(f"--container-workdir={here}")]
+        if not any(a.startswith("--container-mounts=") for a in settings.srun):
+            elsewhere = ',"$run_code:$run_code"' if at_once else ""
+            words += [f'--container-mounts={shlex.quote(f"{here}:{here}")},"$run_dir:$run_dir"{elsewhere}']
+    words += [shlex.join(settings.srun)] if settings.srun else []
+    return " ".join([*words, _python(settings), '-u -m submitit.core._submit "$run_folder"'])
+
+
+def _queue_again() -> list[str]:
     """The end of the batch script: queue the job again if its ranks have paused or one of its nodes has gone.
 
     This is not done by a rank: in a container there is no scontrol, and not after a node failure, of which SLURM itself
@@ -341,17 +416,21 @@ def _queue_again(plan: Plan) -> list[str]:
     probe = 'timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --output=/dev/null true'
     return [
         "status=$?",
-        f'note={shlex.quote(str(plan.folder))}/"$SLURM_JOB_ID".again',
+        'note="$run_folder/$run_job.again"',
         'if [ "$status" -eq 0 ] && [ -e "$note" ]; then again=1',
         "# Told to stop before it could listen: 128 + USR1, 128 + TERM.",
-        'elif [ "$status" -eq 138 ] || [ "$status" -eq 143 ]; then again=1; echo preemption >"$note"',
-        f'elif [ "$status" -ne 0 ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && [ "$before" != "$({_progress(plan)})" ] && '
+        'elif [ "$status" -eq 138 ] || [ "$status" -eq 143 ]; then again=1; reason=preemption',
+        f'elif [ "$status" -ne 0 ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && [ "$before" != "$({PROGRESS})" ] && '
         f"! {probe}; then",
-        '  again=1; echo "node failure" >"$note"; echo "a node has gone: the job is queued again"',
+        '  again=1; reason="node failure"; echo "a node has gone: the job is queued again"',
         "fi",
         '[ -n "$again" ] || exit "$status"',
+        "# SLURM has queued it again, and has lost sight of this start.",
+        """restarts=$(scontrol -o show job "$run_job" 2>/dev/null | grep -o 'Restarts=[0-9]*')""",
+        'case "$restarts" in "" | "Restarts=${SLURM_RESTART_COUNT:-0}") ;; *) exit "$status" ;; esac',
+        '[ -z "$reason" ] || echo "$reason" >"$note"',
         f'sed -i "s/^{job.REQUEUED}$/preemption/" "$note"',
-        'exec scontrol requeue "$SLURM_JOB_ID"',
+        'exec scontrol requeue "$run_job"',
     ]
 
 

@@ -10,10 +10,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("simclr_ddp", "launch")
 
 
-def collect(arguments: list[str]) -> dict[Path, bytes]:
-    """{path within the snapshot: content} of the code, its commit, and the config files among the arguments."""
+def sources() -> dict[Path, bytes]:
+    """{path within the snapshot: content} of the code and its commit."""
     files = {path.relative_to(ROOT): path.read_bytes() for path in _sources()}
-    files[Path("COMMIT")] = _git("describe", "--always", "--dirty", "--abbrev=12")
+    return files | {Path("COMMIT"): _git("describe", "--always", "--dirty", "--abbrev=12")}
+
+
+def collect(arguments: list[str], code: dict[Path, bytes] | None = None) -> dict[Path, bytes]:
+    """{path within the snapshot: content} of the code, `sources()`, and of the config files among the arguments."""
+    files = sources() if code is None else code
     return files | {copy: Path(arguments[i]).read_bytes() for i, copy in _configs(arguments).items()}
 
 
@@ -41,6 +46,8 @@ def write(files: dict[Path, bytes], code: Path) -> None:
     """Put the files into the folder `code`, which is there whole or not at all."""
     if code.is_dir():
         return
+    if code.is_symlink():  # to a run directory that is no longer there
+        code.unlink()
     temporary = code.with_name(f".{code.name}.{os.getpid()}.tmp")
     for path, content in files.items():
         (temporary / path).parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +58,13 @@ def write(files: dict[Path, bytes], code: Path) -> None:
         shutil.rmtree(temporary)
         if not code.is_dir():
             raise
+
+
+def link(code: Path, target: Path) -> None:
+    """Let `code` name the snapshot `target`, which is equal, unless it is there."""
+    if not code.is_dir():
+        code.unlink(missing_ok=True)
+        code.symlink_to(os.path.relpath(target.resolve(), code.parent.resolve()))
 
 
 def _sources() -> list[Path]:

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -131,6 +133,28 @@ def test_the_template_is_a_script(capfd: pytest.CaptureFixture[str]) -> None:
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
+def test_a_task_of_an_array_runs_in_its_own_folder(tmp_path: Path) -> None:
+    """The script runs in bash, with stand-ins for srun, which shows what it is given, and for scontrol."""
+    run_dirs = [tmp_path / "first run", tmp_path / "it's $HOME"]
+    plans = [slurm.make_plan(["simclr_ddp.pretrain", f"run_dir={run_dir}"]) for run_dir in run_dirs]
+    script = slurm.script(slurm.Slurm(container="image"), plans, 1)
+    assert "\n#SBATCH --array=0-1%1\n" in script
+    assert f"\n#SBATCH --output='{plans[0].folder}/%A_array.log'\n" in script
+    (tmp_path / "bin").mkdir()
+    for name, content in (("srun", 'printf "%s\\n" "$PYTHONPATH" "$@"'), ("scontrol", "")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{content}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    numbers = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    plans[1].folder.mkdir(parents=True)
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    assert subprocess.run(["bash", "-c", script], env={"PATH": path} | numbers, check=False).returncode == 0
+    path, *words = (plans[1].folder / "7_1_0_log.out").read_text().splitlines()
+    code = str(plans[0].code)
+    assert path.split(":")[0] == code and words[-1] == str(plans[1].folder)
+    assert f"--output={plans[1].folder}/7_1_%t_log.out" in words
+    assert f"--container-mounts={tmp_path}:{tmp_path},{run_dirs[1]}:{run_dirs[1]},{code}:{code}" in words
+
+
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 
@@ -144,6 +168,7 @@ def test_the_template_is_a_script(capfd: pytest.CaptureFixture[str]) -> None:
         (["--", "simclr_ddp.pretrian"], "simclr_ddp.pretrian is no command"),
         (["--", "simclr_ddp.pretrain", "optim.epocs=3"], "did you mean optim.epochs?"),
         (["--", "simclr_ddp.pretrain", "run_dir=a%j"], "holds a character"),
+        (["--", "simclr_ddp.pretrain", "run_dir=a\\\\b"], "holds a character"),
         (["partition=a\ntouch x", "--", *ONE], "partition='a\\ntouch x' holds a line break"),
         (["environment=[A]", "--", *ONE], "environment=A: NAME=value is wanted"),
         (["minutes=2", "--", *ONE], "warning_seconds=120 is all of the time limit"),
@@ -159,6 +184,16 @@ def test_no_slurm_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert slurm.main(["--", *ONE]) == 2
     assert "no SLURM on this machine (sbatch is not there): --local runs" in only_error(capfd)
+
+
+@pytest.mark.parametrize(
+    ("runs", "at_once", "told"),
+    [([], 2, "array of 0 runs"), (["a", "b"], 0, "0 at once"), (["a", "b", "a"], 2, r"run_dir=.*/a is wanted by two")],
+)
+def test_a_mistake_in_an_array(runs: list[str], at_once: int, told: str, tmp_path: Path) -> None:
+    plans = [slurm.make_plan(["simclr_ddp.pretrain", f"run_dir={tmp_path / run}"]) for run in runs]
+    with pytest.raises(ValueError, match=told):
+        slurm.submit_array(slurm.Slurm(), plans, at_once)
 
 
 def test_help(capfd: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +231,55 @@ def test_a_snapshot_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(snapshot, "ROOT", tmp_path / "site")
     files = snapshot.collect([])
     assert Path("simclr_ddp/pretrain.py") in files and Path("another.py") not in files and not files[Path("COMMIT")]
+
+
+def test_a_snapshot_is_shared(tmp_path: Path) -> None:
+    first, second = tmp_path / "a" / "code-1", tmp_path / "b" / "code-1"
+    for folder in (first.parent, second.parent):
+        folder.mkdir()
+    snapshot.write({Path("x"): b"1"}, first)
+    for _ in range(2):
+        snapshot.link(second, first)
+        assert (second / "x").read_bytes() == b"1" and second.is_symlink()
+    shutil.rmtree(first.parent)
+    snapshot.write({Path("x"): b"1"}, second)  # by a later job, when the first's run directory has gone
+    assert (second / "x").read_bytes() == b"1" and not second.is_symlink()
+
+
+# --- a start that SLURM has given up ---------------------------------------------------------------------------------
+
+
+def test_the_command_ends_when_the_job_has_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "WATCH", 0.1)
+    newest = tmp_path / "7.start"
+    newest.write_text("1")
+    assert job._wait(subprocess.Popen(["sh", "-c", "sleep 0.5; exit 3"]), newest, 1) == 3
+    child = subprocess.Popen(["sleep", "60"])
+    newest.write_text("2")
+    with pytest.raises(SystemExit):
+        job._wait(child, newest, 1)
+    assert child.wait() == -signal.SIGTERM
+
+
+def test_a_start_waits_for_the_one_before(tmp_path: Path) -> None:
+    plan = slurm.make_plan(["simclr_ddp.pretrain", f"run_dir={tmp_path}"])
+    described = slurm.describe(slurm.Slurm(arrival_seconds=2), plan)
+    assert not job._is_held(described.lock), "there is none"
+    holding = (
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", holding, described.lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None and holder.stdout.readline()
+    assert job._is_held(described.lock)
+    begin = time.monotonic()
+    job._wait_for_the_start_before(described, go_on)
+    assert time.monotonic() > begin + 1, "half the seconds"
+    with pytest.raises(ConnectionAbortedError):
+        job._wait_for_the_start_before(described, lambda: True)
+    holder.communicate(b"\n")
+    assert not job._is_held(described.lock)
 
 
 # --- the meeting of the nodes ---------------------------------------------------------------------------------------
@@ -267,18 +351,19 @@ def test_told_to_stop_while_the_others_are_awaited(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "saved", "note", "probe", "queued"),
+    ("status", "saved", "note", "probe", "restarts", "queued"),
     [
-        (0, True, "", 0, False),
-        (0, True, "time limit", 0, True),
-        (138, False, "", 0, True),
-        (1, True, "", 0, False),
-        (1, True, "", 1, True),
-        (1, False, "", 1, False),
+        (0, True, "", 0, 0, False),
+        (0, True, "time limit", 0, 0, True),
+        (138, False, "", 0, 0, True),
+        (1, True, "", 0, 0, False),
+        (1, True, "", 1, 0, True),
+        (1, True, "", 1, 1, False),
+        (1, False, "", 1, 0, False),
     ],
 )
 def test_when_the_batch_script_queues_the_job_again(
-    status: int, saved: bool, note: str, probe: int, queued: bool, tmp_path: Path
+    status: int, saved: bool, note: str, probe: int, restarts: int, queued: bool, tmp_path: Path
 ) -> None:
     """Its last lines, with stand-ins for srun, whose failing says that a node has gone, and for scontrol."""
     plan = slurm.make_plan(["simclr_ddp.pretrain", f"run_dir={tmp_path / 'a run'}"])
@@ -286,13 +371,15 @@ def test_when_the_batch_script_queues_the_job_again(
     for folder in (plan.folder, latest.parent, tmp_path / "bin"):
         folder.mkdir(parents=True)
     latest.write_text("step 5")
-    for name, content in (("srun", f"exit {probe}"), ("scontrol", "echo queued again")):
+    scontrol = f'[ $1 = requeue ] && echo queued again || echo "JobId=7 Requeue=1 Restarts={restarts} BatchFlag=1"'
+    for name, content in (("srun", f"exit {probe}"), ("scontrol", scontrol)):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{content}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    wanted = slurm.parameters(slurm.Slurm(nodes=2), plan)
-    assert wanted["setup"][0].startswith("before=")
+    wanted = slurm.parameters(slurm.Slurm(nodes=2), [plan])
+    setup = wanted["setup"][:3]
+    assert setup[2].startswith("before=")
     job = [f"echo step 10 > '{latest}'"] * saved + [f"printf '{note}' > '{plan.folder}/7.again'"] * bool(note)
-    lines = [wanted["setup"][0], *job, f"(exit {status})", *wanted["teardown"]]
+    lines = [*setup, *job, f"(exit {status})", *wanted["teardown"]]
     variables = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
     done = subprocess.run(["bash", "-c", "\n".join(lines)], env=variables, capture_output=True, text=True)
     assert ("queued again\n" in done.stdout.splitlines(keepends=True)) == queued, done

@@ -18,7 +18,7 @@ import torch
 
 from launch import slurm, snapshot
 from simclr_ddp.metrics import read_metrics
-from tests import processes
+from tests import processes, test_parity
 from tests.test_resume import assert_equal_bits
 
 pytestmark = [
@@ -32,7 +32,7 @@ TWO_NODES = ["nodes=2", "tasks_per_node=1", "cpus_per_task=2", "partition=preemp
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
     yield
-    subprocess.run(["scancel", "-q", "--me"], check=False)
+    subprocess.run(["scancel", "--quiet", "--me"], check=False)
     wait(lambda: not command("squeue", "-h", "--me"), 60)
 
 
@@ -111,6 +111,11 @@ def follow(options: list[str], arguments: list[str], limit: float = 180) -> tupl
 
 def state(job: str) -> str:
     return command("squeue", "-h", "-o", "%T", "-j", job) if job in command("squeue", "-h", "-o", "%i") else ""
+
+
+def running(array: str) -> int:
+    """How many tasks of the array do."""
+    return command("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%F").split().count(array)
 
 
 def ended(job: str, seconds: float = 300) -> None:
@@ -200,6 +205,55 @@ def test_two_nodes_of_two_ranks_equal_four_ranks_of_torchrun(
 
 
 @pytest.mark.slow
+def test_two_nodes_of_two_ranks_in_float64_take_the_steps_of_one_process(images: Path, tmp_path: Path) -> None:
+    status, output = processes.run("simclr_ddp.pretrain", *test_parity.settings(images, tmp_path / "alone"))
+    assert status == 0, output
+    arguments = test_parity.settings(images, tmp_path / "run")
+    status, output = follow([str(processes.ROOT / "configs/slurm/cpus.yaml")], ["simclr_ddp.pretrain", *arguments])
+    assert status == 0 and "running on 4 x cpu in fp64" in output, output
+    assert starts(tmp_path / "run")[0]["nodes"] == ["node1", "node2"]
+    test_parity.assert_equal_runs(tmp_path / "run", tmp_path / "alone", (1, test_parity.STEPS))
+
+
+@pytest.mark.slow
+def test_an_array_of_six_with_two_at_a_time(
+    images: Path, tmp_path: Path, undisturbed: Callable[[int], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first is queued again in the middle, the second can't start."""
+    run_dirs = [tmp_path / f"run {i}" for i in range(6)]
+    commands = [training(images, run_dir, f"seed={i}", "optim.steps=2") for i, run_dir in enumerate(run_dirs)]
+    commands[0] = training(images, run_dirs[0])
+    commands[1].append("data.train=/no/such.beton")
+    code = snapshot.sources()
+    plans = [slurm.make_plan(one, code) for one in commands]
+    array = slurm.submit_array(slurm.Slurm(cpus_per_task=2, partition="preempt"), plans, 2)
+    assert running(array) <= 2 and slurm.state(f"{array}_5") == ("PENDING", 0)
+    freeze(run_dirs[0], 8)
+    assert slurm.state(f"{array}_0")[0] == "RUNNING"
+    command("scontrol", "requeue", f"{array}_0")  # which sends CONT and TERM
+    seen = set()
+    while array in command("squeue", "-h", "-o", "%F"):
+        seen.add(running(array))
+        assert max(seen) <= 2
+        time.sleep(0.3)
+    assert 2 in seen
+    states = [slurm.state(f"{array}_{i}") for i in range(6)]
+    assert [name for name, _ in states] == ["COMPLETED", "FAILED", *["COMPLETED"] * 4] and states[1][1] not in (0, 75)
+    assert slurm.follow(f"{array}_1", plans[1].folder) == states[1][1]
+    assert "/no/such.beton" in capfd.readouterr().out
+    assert [[start["after"] for start in starts(run_dir)] for run_dir in run_dirs] == [
+        ["submission", "scontrol requeue"],
+        *[["submission"]] * 5,
+    ]
+    assert [starts(run_dir)[-1]["job"] for run_dir in run_dirs] == [f"{array}_{i}" for i in range(6)]
+    assert len({starts(run_dir)[0]["master_port"] for run_dir in run_dirs}) > 1
+    assert_same(run_dirs[0], undisturbed(1))
+    losses = {read_metrics(run_dir / "metrics.jsonl")[-1]["loss"] for run_dir in run_dirs[2:]}
+    assert len(losses) == 4 and all((run_dir / "encoder.safetensors").exists() for run_dir in run_dirs[2:])
+    assert len({(plan.folder / plan.code.name).resolve() for plan in plans}) == 1, "they share the snapshot"
+
+
+@pytest.mark.slow
 def test_the_sbatch_template_saves_and_goes_on(
     images: Path, tmp_path: Path, undisturbed: Callable[[int], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,6 +338,50 @@ def test_a_node_that_goes_off(
     finally:
         cluster("up")
     ended(job)
+    assert [start["after"] for start in starts(run_dir)] == ["submission", "node failure"]
+    assert_same(run_dir, undisturbed(2))
+
+
+@pytest.mark.slow
+def test_a_node_whose_daemon_dies_while_its_rank_lives_on(
+    images: Path, tmp_path: Path, undisturbed: Callable[[int], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The job starts again on the other node; the rank that SLURM knows nothing of saves, and ends."""
+    run_dir = tmp_path / "run"
+    job = submit(capfd, ["partition=preempt", "cpus_per_task=2"], training(images, run_dir))
+    pids = freeze(run_dir, 8)
+    try:
+        cluster("node", "crash", starts(run_dir)[0]["nodes"][0])
+        newest = run_dir / "slurm" / f"{job}.start"
+        wait(lambda: newest.read_text() == "1", 120)
+        wait(lambda: all(told(pid) for pid in pids), 30)
+        assert ranks_of(run_dir) == pids and len(starts(run_dir)) == 1, "the new start waits for them"
+        thaw(pids)
+        ended(job)
+        assert not ranks_of(run_dir)
+    finally:
+        cluster("up")
+    assert [start["after"] for start in starts(run_dir)] == ["submission", "node failure"]
+    assert starts(run_dir)[0]["nodes"] != starts(run_dir)[1]["nodes"]
+    assert log(run_dir).count("paused at step") == 1 and not list((run_dir / "slurm").glob("*.again"))
+    assert_same(run_dir, undisturbed(1))
+
+
+@pytest.mark.slow
+def test_a_node_whose_daemon_dies_and_that_starts_again(
+    images: Path, tmp_path: Path, undisturbed: Callable[[int], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The node is back before SLURM has missed it, without the ranks that it had."""
+    run_dir = tmp_path / "run"
+    job = submit(capfd, TWO_NODES, training(images, run_dir))
+    pids = freeze(run_dir, 8)
+    try:
+        cluster("node", "crash", "node2")
+        cluster("node", "on", "node2")
+        thaw(pids)
+        ended(job)
+    finally:
+        cluster("up")
     assert [start["after"] for start in starts(run_dir)] == ["submission", "node failure"]
     assert_same(run_dir, undisturbed(2))
 
