@@ -41,7 +41,7 @@ format: setup
 setup:
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" FFCV="$(FFCV)" tools/setup
 
-# Other tools that `python -m benchmarks.step` is measured beside, into .peers, where nothing else looks.
+# Other tools that the benchmarks `step` and `loss` are measured beside, into .peers, where nothing else looks.
 peers: setup
 	.venv/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --target .peers --no-deps \
 		-r benchmarks/peers.txt

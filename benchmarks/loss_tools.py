@@ -1,0 +1,164 @@
+"""The losses that `benchmarks.loss` compares, by name, and how much work ours is."""
+
+import math
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.peers import FOLDER
+from simclr_ddp import KernelInfoNCE, distributed, tiled
+from simclr_ddp.losses import _tile_kernel, log_kernel
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+TEMPERATURE = 0.1
+# Arguments of KernelInfoNCE; a Gaussian at twice the temperature is the cosine.
+KERNELS: dict[str, dict[str, Any]] = {
+    "cosine": {"kernel": "cosine", "temperature": TEMPERATURE},
+    "gaussian": {"kernel": "gaussian", "temperature": 2 * TEMPERATURE},
+    "laplacian": {"kernel": "laplacian", "temperature": TEMPERATURE},
+    "exponential": {"kernel": "exponential", "temperature": TEMPERATURE, "gamma": 0.5},
+    "simple_sum": {"kernel": "simple_sum", "temperature": TEMPERATURE},
+    "concat_sum": {"kernel": "concat_sum", "temperature": TEMPERATURE},
+    "arccos": {"kernel": "arccos", "temperature": 0.5},
+    "spectral": {"kernel": "spectral"},
+    "laplacian p=1": {"kernel": "laplacian", "temperature": 1.0, "distance_p": 1.0},
+}
+OURS = {f"ours {kernel}": kernel for kernel in KERNELS} | {"ours cosine bf16": "cosine"}
+PEERS = {
+    "plain": "cosine",
+    "lightly": "cosine",
+    "metric learning": "cosine",
+    "solo-learn": "cosine",
+    "Kernel-InfoNCE 2": "cosine",
+    "Kernel-InfoNCE 1": "laplacian",
+}
+PACKAGES = {"lightly": "lightly", "metric learning": "pytorch-metric-learning"}
+COMPARED = OURS | PEERS  # {name: the kernel whose loss it is}
+
+
+def make(name: str) -> Loss:
+    """The loss of two views' raw projections [n, d], over all ranks where it is ours or lightly's."""
+    if name in OURS:
+        return KernelInfoNCE(**KERNELS[OURS[name]], precision="bf16" if name.endswith("bf16") else "fp32")
+    return {
+        "plain": lambda: plain,
+        "lightly": _lightly,
+        "metric learning": _metric_learning,
+        "solo-learn": lambda: solo_learn,
+        "Kernel-InfoNCE 2": lambda: kernel_infonce(2, 2 * TEMPERATURE),
+        "Kernel-InfoNCE 1": lambda: kernel_infonce(1, TEMPERATURE),
+    }[name]()
+
+
+def missing(name: str) -> bool:
+    """Whether it is of a package that is not here."""
+    if FOLDER.is_dir() and str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
+    return name in PACKAGES and find_spec(PACKAGES[name].replace("-", "_")) is None
+
+
+def whole_bytes(name: str, images: int) -> int:
+    """Of the matrices that a loss holds at once, about: some eight of 2N x 2N, or every positive with every negative.
+
+    The latter is `metric learning`, which for 256 images took 2.2 GB. Ours has none.
+    """
+    if name in OURS:
+        return 0
+    return 16 * (2 * images) ** 3 if name == "metric learning" else 32 * (2 * images) ** 2
+
+
+def package_versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name, package in PACKAGES.items():
+        try:
+            found[package] = None if missing(name) else version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def plain(y_a: Tensor, y_b: Tensor) -> Tensor:
+    """Cross-entropy over the matrix of all similarities, its diagonal masked."""
+    z = F.normalize(torch.cat([y_a, y_b]), dim=1)
+    logits = (z @ z.T / TEMPERATURE).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(y_a)))
+
+
+def solo_learn(y_a: Tensor, y_b: Tensor) -> Tensor:
+    """Its formula: exponentials without a shift, positives and negatives told apart by masks over sample numbers."""
+    z = F.normalize(torch.cat([y_a, y_b]), dim=1)
+    similarities = torch.exp(z @ z.T / TEMPERATURE)
+    number = torch.arange(len(y_a), device=z.device).repeat(2)
+    positive = (number[:, None] == number).float().fill_diagonal_(0)
+    negative = (number[:, None] != number).float()
+    positives = (similarities * positive).sum(1)
+    return -torch.log(positives / (positives + (similarities * negative).sum(1))).mean()
+
+
+def kernel_infonce(gamma: float, temperature: float) -> Loss:
+    """Its formula: the kernels themselves and their row sums, without logarithms (arXiv 2303.15103's code)."""
+
+    def loss(y_a: Tensor, y_b: Tensor) -> Tensor:
+        z = F.normalize(torch.cat([y_a, y_b]), dim=1)
+        kernels = torch.exp(-torch.cdist(z, z).pow(gamma) / temperature)
+        others = (kernels.sum(1) - kernels.diagonal()).clamp(min=1e-6)
+        positives = torch.cat([kernels.diagonal(len(y_a)), kernels.diagonal(-len(y_a))])
+        return -torch.log(positives / (others + 1e-6)).mean()
+
+    return loss
+
+
+def _lightly() -> Loss:
+    from lightly.loss import NTXentLoss
+
+    return NTXentLoss(TEMPERATURE, gather_distributed=distributed.world_size() > 1)
+
+
+def _metric_learning() -> Loss:
+    from pytorch_metric_learning.losses import NTXentLoss
+
+    theirs = NTXentLoss(temperature=TEMPERATURE)
+    return lambda y_a, y_b: theirs(torch.cat([y_a, y_b]), torch.arange(len(y_a), device=y_a.device).repeat(2))
+
+
+# --- counted work ---------------------------------------------------------------------------------------------------
+
+
+def work(name: str, images: int, width: int) -> tuple[int, int] | None:
+    """(operations of the matrix products, bytes between memory and cache) of one forward and backward pass of ours.
+
+    An addition or multiplication is one operation. Of bytes those are counted that no cache of a few tiles can save:
+    each tile's vectors once a pass, the gradient's rows read and written, and tiles that are kept. None for losses
+    that are not ours and for those in which products are not the work.
+    """
+    if name not in OURS:
+        return None
+    rows = 2 * images
+    if OURS[name] == "spectral":  # two products forward, each with two more backward
+        return 6 * 2 * rows * width**2, 4 * (6 * rows * width + 6 * width**2)
+    loss = make(name)
+    assert isinstance(loss, KernelInfoNCE)
+    tiles = tiled.tiles(images, images, 0, True)
+    areas = [(t.rows.stop - t.rows.start) * (t.columns.stop - t.columns.start) for t in tiles]
+    edges = [(t.rows.stop - t.rows.start) + (t.columns.stop - t.columns.start) for t in tiles]
+    kernel = _tile_kernel(log_kernel(loss.objective))
+    if kernel.vectors:
+        return None
+    kept = kernel.keeps and kernel.largest(1.0) <= tiled.SAFE and sum(areas) <= tiled.KEPT
+    gradient = sum(area * (1 + tile.mirrored) for area, tile in zip(areas, tiles, strict=True))
+    operations = 2 * width * (sum(areas) * (1 if kept else 2) + gradient)
+    return operations, 4 * (width * sum(edges) * 4 + 2 * sum(areas) * kept)
+
+
+def busiest_share(images: int, ranks: int) -> float:
+    """Of all pairs that the ranks compute, those of the rank that has most, counted in its tiles."""
+    shares = [tiled.tiles(images, images, 0, True, index, ranks) for index in range(ranks)]
+    pairs = [sum((t.rows.stop - t.rows.start) * (t.columns.stop - t.columns.start) for t in s) for s in shares]
+    return max(pairs) / sum(pairs)
