@@ -74,6 +74,9 @@ class Model:
     width: float = option(0.5, "multiplies every channel count of the encoder", low=0.01, high=16)
     stem: str = option("stl", "first layers: 3x3, 3x3 + pool/3, or 7x7/2 + pool/2", ("cifar", "stl", "imagenet"))
     init: str = option("random", "`random`, `torchvision` (its ImageNet weights), or a file of weights")
+    checkpoint_stages: bool = option(
+        False, "keep only the inputs of the encoder's four stages and compute them again backward: less memory, slower"
+    )
 
 
 @dataclass
@@ -98,6 +101,12 @@ class Loss:
     second_temperature: float | None = option(None, "of the Gaussian in the sums; null: same as temperature", low=1e-6)
     order: int = option(1, "arc-cosine order, 1 to 3", low=1, high=3)
     norm_p: float = option(2.0, "norm that puts embeddings on the sphere; inf allowed", low=1, high=math.inf)
+    distance_p: float = option(
+        2.0,
+        "norm of the distance: gaussian, laplacian and exponential; inf allowed; slower than 2",
+        low=1,
+        high=math.inf,
+    )
     precision: str = option("fp32", "of the gradient's products; bf16: off by 1e-4 to 3e-3 of it", ("fp32", "bf16"))
     radius: float = option(1.0, "radius of that sphere", low=1e-6)
 
@@ -257,7 +266,10 @@ class Visualize:
 
 
 # What can be changed without changing the parameters that come out.
-HARMLESS = ("name", "run_dir", "device", "threads", "timeout", "compile", "data.test", "data.loader", "data.workers")
+HARMLESS = (
+    *("name", "run_dir", "device", "threads", "timeout", "compile", "data.test", "data.loader", "data.workers"),
+    "model.checkpoint_stages",
+)
 HARMLESS_SECTIONS = ("resume.", "checkpoint.", "log.", "debug.", "verify.", "doctor.")
 
 

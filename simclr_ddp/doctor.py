@@ -13,12 +13,12 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simclr_ddp import checkpoint, cli
 from simclr_ddp.checks import Finding, machine, recipe
@@ -145,17 +145,24 @@ def checkpoint_bytes(settings: Pretrain) -> int:
 def blank_model(settings: Pretrain) -> SimCLR:
     """The model without memory, on the meta device."""
     with torch.device("meta"):
-        encoder = Encoder(settings.model.arch, settings.model.width, settings.model.stem)
+        wanted = settings.model
+        encoder = Encoder(wanted.arch, wanted.width, wanted.stem, wanted.checkpoint_stages)
         head = settings.head
         return SimCLR(encoder, projection_head(head.kind, encoder.width_out, head.layers, head.hidden, head.out))
 
 
 def activation_bytes(settings: Pretrain, low: bool = True) -> int:
-    """What autograd keeps for one view, counted on the meta device; in 16 bits where `low`."""
+    """What autograd keeps for one view, counted on the meta device; in 16 bits where `low`.
+
+    With model.checkpoint_stages the largest stage's is added, which the backward pass has while it computes it again.
+    """
     model = blank_model(settings).to(torch.bfloat16 if low else torch.float32)
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    inputs: dict[nn.Module, Tensor] = {}
+    for stage in model.encoder.stages():
+        stage.register_forward_pre_hook(lambda module, given: inputs.setdefault(module, given[0].detach()))
 
-    def kept(count: int) -> int:
+    def kept(call: Callable[[], object]) -> int:
         sizes: dict[int, int] = {}
         alive = []  # a storage that is freed may give its address to the next
 
@@ -166,14 +173,21 @@ def activation_bytes(settings: Pretrain, low: bool = True) -> int:
                 alive.append(tensor)
             return tensor
 
-        size = settings.data.size
-        views = torch.zeros(1, count, 3, size, size, device="meta", dtype=next(model.parameters()).dtype)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(views)
+            output = call()
         del output
         return sum(sizes.values())
 
-    return (kept(6) - kept(2)) // 4
+    def of_views(count: int) -> int:
+        size = settings.data.size
+        views = torch.zeros(1, count, 3, size, size, device="meta", dtype=next(model.parameters()).dtype)
+        inputs.clear()
+        whole = kept(lambda: model(views))
+        if not settings.model.checkpoint_stages:
+            return whole
+        return whole + max(kept(lambda stage=stage, x=x: stage(x)) for stage, x in inputs.items())  # type: ignore[misc]
+
+    return (of_views(6) - of_views(2)) // 4
 
 
 def gpu_memory(settings: Pretrain, ranks: int) -> Finding:
@@ -189,7 +203,8 @@ def gpu_memory(settings: Pretrain, ranks: int) -> Finding:
         return Finding("ok", text)
     return Finding(
         "warning",
-        f"{text}: more processes, optim.micro_batch_size, a smaller data.size, or precision=bf16 takes less",
+        f"{text}: more processes, model.checkpoint_stages=true, optim.micro_batch_size, a smaller data.size, or "
+        "precision=bf16 takes less",
     )
 
 

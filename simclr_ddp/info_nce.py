@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from simclr_ddp import distributed
 from simclr_ddp.losses import Objective, contrastive_accuracy, contrastive_loss, log_kernel, normalize
+from simclr_ddp.p_distance import PDistance
 
 
 class _Ranks:
@@ -45,6 +46,7 @@ class KernelInfoNCE(nn.Module):
     mix_weight, mix_level, second_temperature   of the sums
     order               1 to 3, of arccos
     radius, norm_p      embeddings are put on the sphere of this radius in this norm
+    distance_p          norm of the distance in gaussian, laplacian and exponential, from 1 to math.inf
     precision           fp32 or bf16, of the products that make the gradient (simclr_ddp.tiled.Problem)
     backend             tiled, or triton: experimental, and only on a GPU (simclr_ddp.triton_log_sums)
 
@@ -63,6 +65,7 @@ class KernelInfoNCE(nn.Module):
         order: int = 1,
         radius: float = 1.0,
         norm_p: float = 2.0,
+        distance_p: float = 2.0,
         precision: str = "fp32",
         backend: str = "tiled",
     ) -> None:
@@ -77,6 +80,7 @@ class KernelInfoNCE(nn.Module):
             order=order,
             squared_radius=radius * abs(radius),  # a negative one is refused
             norm_p=norm_p,
+            distance_p=distance_p,
             precision=precision,
             backend=backend,
         )
@@ -107,11 +111,15 @@ class KernelInfoNCE(nn.Module):
         """The loss of identical positives among orthogonal negatives, about the best there is; None for spectral."""
         if self.objective.kernel == "spectral":
             return None
-        mu = self.objective.squared_radius
+        mu, kernel = self.objective.squared_radius, log_kernel(self.objective)
+        if isinstance(kernel, PDistance):
+            differences = math.sqrt(mu) * torch.tensor([[0.0, 0.0], [1.0, -1.0]], dtype=torch.float64)
+            positive, negative = kernel(differences).tolist()
+            return math.log1p((2 * global_batch_size - 2) * math.exp(negative - positive))
         dot, square = torch.tensor([mu, 0.0], dtype=torch.float64), torch.tensor([0.0, 2 * mu], dtype=torch.float64)
         if self.objective.kernel == "concat_sum":  # each half with half of the squared norm
             dot, square = dot.expand(2, 2) / 2, square.expand(2, 2) / 2
-        positive, negative = log_kernel(self.objective)(dot, square).tolist()
+        positive, negative = kernel(dot, square).tolist()
         return math.log1p((2 * global_batch_size - 2) * math.exp(negative - positive))
 
     def _gathered(self, y_a: Tensor, y_b: Tensor) -> tuple[Tensor, Tensor, int]:

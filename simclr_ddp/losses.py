@@ -13,7 +13,8 @@ Chen et al. 2020 (arXiv 2002.05709), eq. 1, for the cosine; Tan et al. 2024 (arX
 
 A log-kernel is an elementwise function of two tensors of one shape, the dot products and the squared Euclidean
 distances of pairs. Those of the positives come from the vectors and their differences, since near-duplicates lose
-all digits of a distance in the identity |a|² + |b|² - 2 a·b, which is what the other pairs use.
+all digits of a distance in the identity |a|² + |b|² - 2 a·b, which is what the other pairs use. Of distances in
+another norm, `simclr_ddp.p_distance`, it is a function of differences.
 """
 
 import math
@@ -26,11 +27,13 @@ import torch
 from torch import Tensor
 
 from simclr_ddp import tiled
+from simclr_ddp.p_distance import PDistance
 from simclr_ddp.products import Product
 from simclr_ddp.tiled import BACKENDS, PRECISIONS, LogKernel, Ranks
 
 MIXTURES = ("simple_sum", "concat_sum")
 KERNELS = ("cosine", "gaussian", "laplacian", "exponential", *MIXTURES, "arccos", "spectral")
+OF_ANY_DISTANCE = ("gaussian", "laplacian", "exponential")
 MIX_LEVELS = ("loss", "kernel")
 
 
@@ -48,6 +51,8 @@ class Objective:
     order               1, 2 or 3, of `arccos`
     squared_radius      μ: embeddings have norm √μ
     norm_p              which norm; math.inf for the maximum norm
+    distance_p          in which norm `gaussian`, `laplacian` and `exponential` take the distance, 1 to math.inf;
+                        other than 2 a pair costs a pass over its D differences, and no matrix product
     precision           "fp32" or "bf16", of the products that make the gradient: see `tiled.Problem`
     backend             "tiled" or "triton", what computes it on a GPU; the latter is experimental: see `tiled.Problem`
 
@@ -64,6 +69,7 @@ class Objective:
     order: int = 1
     squared_radius: float = 1.0
     norm_p: float = 2.0
+    distance_p: float = 2.0
     precision: str = "fp32"
     backend: str = "tiled"
 
@@ -81,6 +87,17 @@ class Objective:
             raise ValueError(f"order of the arc-cosine kernel is {self.order!r}: choose 1, 2 or 3")
         if not self.norm_p >= 1:
             raise ValueError(f"norm_p is {self.norm_p!r}: choose a number from 1 up, inf for the maximum norm")
+        if not self.distance_p >= 1:
+            raise ValueError(f"distance_p is {self.distance_p!r}: choose a number from 1 up, inf for the maximum norm")
+        if self.distance_p != 2 and self.kernel not in OF_ANY_DISTANCE:
+            raise ValueError(
+                f"distance_p is {self.distance_p!r}, but the kernel {self.kernel} takes no other distance than the "
+                f"Euclidean: set distance_p to 2, or choose {', '.join(OF_ANY_DISTANCE)}"
+            )
+        if self.distance_p != 2 and self.precision != "fp32":
+            raise ValueError(
+                f"precision is {self.precision!r}, but distance_p {self.distance_p!r} has no matrix products: set fp32"
+            )
         if not 0 <= self.mix_weight <= 1:
             raise ValueError(f"mix_weight is {self.mix_weight!r}: choose a number between 0 and 1")
         if self.kernel in MIXTURES and self.mix_weight in (0, 1):
@@ -137,15 +154,18 @@ def contrastive_loss(z: Tensor, z_all: Tensor, first: int, objective: Objective,
 
 
 def _tiled_info_nce(
-    z: Tensor, z_all: Tensor, first: int, log_kernel: LogKernel, objective: Objective, ranks: Ranks | None
+    z: Tensor,
+    z_all: Tensor,
+    first: int,
+    log_kernel: LogKernel | PDistance,
+    objective: Objective,
+    ranks: Ranks | None,
 ) -> Tensor:
     """`info_nce` by tiles."""
     if z is z_all or ranks is not None:  # both views of a pair are here: it counts for either
-        a, b = z.unbind(-3)
-        positive = log_kernel((a * b).sum(dim=-1), (a - b).square().sum(dim=-1)).repeat(2)
+        positive = _pairwise(log_kernel, *z.unbind(-3)).repeat(2)
     else:
-        partners = _partners(z, z_all, first)
-        positive = log_kernel((z * partners).sum(dim=-1), (z - partners).square().sum(dim=-1)).flatten()
+        positive = _pairwise(log_kernel, z, _partners(z, z_all, first)).flatten()
 
     def plain(z: Tensor, z_all: Tensor) -> Tensor:
         return _log_kernels(z, z_all, first, log_kernel)[1].logsumexp(dim=1)
@@ -155,13 +175,14 @@ def _tiled_info_nce(
     return torch.logaddexp(excess, torch.zeros_like(excess)).mean()  # log(1 + exp(excess)), exact near 0 too
 
 
-def info_nce(z: Tensor, z_all: Tensor, first: int, log_kernel: LogKernel) -> Tensor:
+def info_nce(z: Tensor, z_all: Tensor, first: int, log_kernel: LogKernel | PDistance) -> Tensor:
     """Mean InfoNCE loss of this rank's anchors by the definition: in the memory of several 2B x 2N matrices.
 
     z           [*, 2, B, D]  this rank's embeddings, float32 or float64
     z_all       [*, 2, N, D]  those of all ranks, in rank order
     first                     position in z_all of this rank's image 0
-    log_kernel                of dot products and squared distances [*, ...] of pairs -> [...]; see the module
+    log_kernel                of dot products and squared distances [*, ...] of pairs -> [...]; see the module. Of
+                              p-distances, each matrix of pairs is D times as large.
 
     The leading dimensions *, none or parts of an embedding, are the log-kernel's to reduce. Log(2N-1) where all
     pairs are alike; 0, without gradient, for N = 1. Averaged over ranks it is the single-process loss. Raises
@@ -202,9 +223,14 @@ def contrastive_accuracy(z: Tensor, z_all: Tensor, first: int, objective: Object
     if objective.kernel == "concat_sum":
         z, z_all = _each(_halves, z, z_all)
     rank_by = log_kernel(objective)
-    partners = _partners(z, z_all, first)
-    positive = rank_by((z * partners).sum(dim=-1), (z - partners).square().sum(dim=-1)).flatten()
-    return (positive > tiled.largest(z, z_all, first, rank_by)).to(positive.dtype).mean()
+    positive = _pairwise(rank_by, z, _partners(z, z_all, first)).flatten()
+
+    def of_tile(rows: tiled.Vectors, columns: tiled.Vectors, own: Sequence[int]) -> Tensor:
+        if isinstance(rank_by, PDistance):
+            return rank_by.of_all(rows.z, columns.z)
+        return rank_by(*tiled.pairs(rows, columns, own))
+
+    return (positive > tiled.largest(z, z_all, first, of_tile)).to(positive.dtype).mean()
 
 
 def temperature_equivalent(temperature: float, source: str, target: str, squared_radius: float = 1.0) -> float:
@@ -295,11 +321,15 @@ def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     return value
 
 
-def log_kernel(objective: Objective) -> LogKernel:
+def log_kernel(objective: Objective) -> LogKernel | PDistance:
     """The log-kernel of an objective; of `concat_sum` it takes [2, ...], both halves, and returns [...].
 
     `spectral` isn't made of a kernel, nor is a loss-level mixture: they get what `contrastive_accuracy` ranks by.
     """
+    if objective.distance_p != 2:
+        gamma = {"gaussian": 2.0, "laplacian": 1.0}.get(objective.kernel, objective.gamma)
+        floor = 1e-3 * math.sqrt(objective.squared_radius)
+        return PDistance(objective.temperature, gamma, objective.distance_p, floor)
     if objective.kernel == "spectral":
         return lambda dot, squared_distance: dot
     if objective.kernel == "cosine":
@@ -327,8 +357,10 @@ def log_kernel(objective: Objective) -> LogKernel:
     return mixture
 
 
-def _tile_kernel(log_kernel: LogKernel) -> tiled.TileKernel:
+def _tile_kernel(log_kernel: LogKernel | PDistance) -> tiled.TileKernel:
     """The same kernel as it is computed on tiles: the simple ones in few operations, others as they are."""
+    if isinstance(log_kernel, PDistance):
+        return log_kernel
     of = getattr(log_kernel, "func", None)
     numbers = getattr(log_kernel, "keywords", {})
     if of is cosine:
@@ -356,22 +388,30 @@ def _parts(objective: Objective) -> tuple[LogKernel, LogKernel]:
 # --- pairs ----------------------------------------------------------------------------------------------------------
 
 
-def _log_kernels(z: Tensor, z_all: Tensor, first: int, log_kernel: LogKernel) -> tuple[Tensor, Tensor]:
+def _pairwise(log_kernel: LogKernel | PDistance, a: Tensor, b: Tensor) -> Tensor:
+    """Log-kernels of vectors [*, ..., D] with those at the same place, [...]."""
+    if isinstance(log_kernel, PDistance):
+        return log_kernel(a - b)
+    return log_kernel((a * b).sum(dim=-1), (a - b).square().sum(dim=-1))
+
+
+def _log_kernels(z: Tensor, z_all: Tensor, first: int, log_kernel: LogKernel | PDistance) -> tuple[Tensor, Tensor]:
     """Log-kernels of the anchors' positives [2B] and negatives [2B, 2N], -inf where a column is no negative."""
     _check_shapes(z, z_all, first)
-    partners = _partners(z, z_all, first)
-    positive = log_kernel((z * partners).sum(dim=-1), (z - partners).square().sum(dim=-1)).flatten()
-
+    positive = _pairwise(log_kernel, z, _partners(z, z_all, first)).flatten()
     rows, columns = z.flatten(-3, -2), z_all.flatten(-3, -2)
-    dot = Product.apply(rows, columns)
-    squares = rows.square().sum(dim=-1)[..., :, None] + columns.square().sum(dim=-1)[..., None, :]
-    squared_distance = (squares - 2 * dot).clamp(min=0)
 
     # Columns of the anchor's own image are itself and its positive. They get harmless arguments first, so that no
     # infinite slope of the kernel meets their zero gradient (0·inf = NaN), then -inf.
     batch, total = z.shape[-2], z_all.shape[-2]
     own = torch.arange(first, first + batch, device=z.device)
     same_image = (own[:, None] == torch.arange(total, device=z.device)).repeat(2, 2)
+    if isinstance(log_kernel, PDistance):
+        negatives = log_kernel((rows[:, None] - columns).masked_fill(same_image[..., None], 1))
+        return positive, negatives.masked_fill(same_image, -math.inf)
+    dot = Product.apply(rows, columns)
+    squares = rows.square().sum(dim=-1)[..., :, None] + columns.square().sum(dim=-1)[..., None, :]
+    squared_distance = (squares - 2 * dot).clamp(min=0)
     negatives = log_kernel(dot.masked_fill(same_image, 0), squared_distance.masked_fill(same_image, 1))
     return positive, negatives.masked_fill(same_image, -math.inf)
 

@@ -4,6 +4,7 @@ Encoders are torchvision's residual blocks with torchvision's parameter names, e
 width, and cross-rank batch norm throughout.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from simclr_ddp import distributed
@@ -33,12 +35,14 @@ class Encoder(nn.Module):
     width  multiplies every channel count, the stem's 64 included; width_out = 512 * width (2048 * width from 50 on)
     stem   imagenet: 7x7 convolution of stride 2 and 3x3 max-pool of stride 2; cifar: 3x3 convolution of stride 1
            (Chen et al. 2020, B.9); stl: 3x3 convolution of stride 1 and 3x3 max-pool of stride 3
+    checkpoint_stages  of each of the four stages keep the input alone, and compute it again in the backward pass:
+           the same gradients and statistics, in the memory of the largest stage, for most of a forward pass more
 
     He initialisation; the last batch norm of every block starts at zero (Goyal et al. 2017), so blocks start as
     identities. Raises ValueError for an unknown arch or stem, or a width that leaves no channel.
     """
 
-    def __init__(self, arch: str, width: float = 1.0, stem: str = "imagenet") -> None:
+    def __init__(self, arch: str, width: float = 1.0, stem: str = "imagenet", checkpoint_stages: bool = False) -> None:
         super().__init__()
         if arch not in BLOCKS:
             raise ValueError(f"model.arch={arch} is not known: one of {', '.join(BLOCKS)} is wanted")
@@ -62,6 +66,7 @@ class Encoder(nn.Module):
         self.layer3 = self._stage(block, channels[2], depths[2], stride=2)
         self.layer4 = self._stage(block, channels[3], depths[3], stride=2)
         self.width_out = self.in_channels
+        self.checkpoint_stages = checkpoint_stages
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -83,8 +88,42 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for stage in self.stages():
+            x = recomputed(stage, x) if self.checkpoint_stages and torch.is_grad_enabled() else stage(x)
         return x.mean((2, 3))
+
+    def stages(self) -> tuple[nn.Module, ...]:
+        return self.layer1, self.layer2, self.layer3, self.layer4
+
+
+def recomputed(stage: nn.Module, x: Tensor) -> Tensor:
+    """stage(x), of which autograd keeps nothing but x and the buffers: the backward pass computes it again.
+
+    The second pass starts from the buffers of the first, whose running means batch norm over ranks takes as the origin
+    of its sums, and leaves none of its changes: running statistics are updated once. Chen et al. 2016
+    (arXiv 1604.06174).
+    """
+    before = {name: buffer.clone() for name, buffer in stage.named_buffers()}
+    outer = nullcontext(), _Buffers(stage, before)
+    result: Tensor = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: outer)
+    return result
+
+
+class _Buffers(AbstractContextManager[None]):
+    """Within, the module has copies of these values as its buffers. Can be entered again: backward may run twice."""
+
+    def __init__(self, module: nn.Module, values: dict[str, Tensor]) -> None:
+        self.module, self.values = module, values
+
+    def __enter__(self) -> None:
+        self.own = [(m, dict(m._buffers)) for m in self.module.modules()]
+        for name, value in self.values.items():
+            path, _, leaf = name.rpartition(".")
+            self.module.get_submodule(path)._buffers[leaf] = value.clone()
+
+    def __exit__(self, *_: object) -> None:
+        for module, buffers in self.own:
+            module._buffers.update(buffers)
 
 
 def projection_head(kind: str, width: int, layers: int = 2, hidden: int | None = None, out: int = 128) -> nn.Module:

@@ -176,6 +176,7 @@ def make_objective(settings: Pretrain) -> KernelInfoNCE:
         order=loss.order,
         radius=loss.radius,
         norm_p=loss.norm_p,
+        distance_p=loss.distance_p,
         precision=loss.precision,
     )
 

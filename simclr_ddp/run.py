@@ -48,6 +48,8 @@ def make_plan(settings: Pretrain, dataset: Dataset) -> Plan:
             f"optim.micro_batch_size={micro} is wanted to divide optim.global_batch_size={optim.global_batch_size} "
             f"and to be a multiple of the {world_size} ranks"
         )
+    if settings.compile and settings.model.checkpoint_stages:
+        raise ValueError("model.checkpoint_stages=true can't be compiled: compile=false is wanted with it")
     if dataset.numbers is not None and settings.data.size != 32:
         raise ValueError(f"data.size={settings.data.size}: Spirograph views are 32 pixels wide, data.size=32 is wanted")
     steps = steps_per_epoch(dataset, optim.global_batch_size)

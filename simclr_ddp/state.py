@@ -22,7 +22,8 @@ class State:
     ) -> None:
         """`saved` is the checkpoint to go on from; model.init counts only without one."""
         torch.manual_seed(settings.seed)  # initial weights, drawn on the CPU: equal on all ranks and devices
-        encoder = Encoder(settings.model.arch, settings.model.width, settings.model.stem)
+        wanted = settings.model
+        encoder = Encoder(wanted.arch, wanted.width, wanted.stem, wanted.checkpoint_stages)
         init = "random" if saved else settings.model.init
         self.loaded = initialize(encoder, init, settings.model.arch, settings.model.width)
         head = settings.head

@@ -87,13 +87,18 @@ def log_sums(z: Tensor, z_all: Tensor, problem: Problem) -> Tensor:
 
 
 @torch.no_grad()
-def largest(z: Tensor, z_all: Tensor, first: int, log_kernel: LogKernel) -> Tensor:
-    """The largest log-kernel of each anchor among its negatives, [2B]; -inf where there are none. As `log_sums`."""
+def largest(
+    z: Tensor, z_all: Tensor, first: int, of_tile: Callable[["Vectors", "Vectors", Sequence[int]], Tensor]
+) -> Tensor:
+    """The largest log-kernel of each anchor among its negatives, [2B]; -inf where there are none. As `log_sums`.
+
+    of_tile  (rows, columns, own) -> log-kernels [n, m], anything on the diagonals `own`
+    """
     rows, columns = _vectors(z), _vectors(z_all)
     found = z.new_full((rows.z.shape[-2],), -math.inf)
     with full_precision(z.device.type):
         for tile in tiles(z.shape[-2], z_all.shape[-2], first, z is z_all):
-            log_k = log_kernel(*pairs(rows.part(tile.rows), columns.part(tile.columns), tile.own))
+            log_k = of_tile(rows.part(tile.rows), columns.part(tile.columns), tile.own)
             _fill_own(log_k, tile.own, -math.inf)
             for dim, where in ((1, tile.rows), (0, tile.columns))[: 1 + tile.mirrored]:
                 found[where] = torch.maximum(found[where], log_k.amax(dim))
@@ -175,11 +180,13 @@ class TileKernel(Protocol):
     distances  it depends on differences of vectors alone
     scale      factor of all slopes, left out of them
     keeps      slopes come as one tile, fit to be kept
+    vectors    the slope turns S into its part of the gradient in the rows [n, D] and in the columns [m, D] instead
     """
 
     distances: bool
     scale: float
     keeps: bool
+    vectors: bool
 
     def largest(self, radius: float) -> float:
         """Bound of |log2 k| for vectors no longer than `radius`."""
@@ -194,7 +201,7 @@ class TileKernel(Protocol):
 class Cosine:
     """log k = scale a·b"""
 
-    distances, keeps = False, True
+    distances, keeps, vectors = False, True, False
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -211,7 +218,7 @@ class Cosine:
 class Power:
     """log k = -|a-b|^γ / τ. For γ < 2 distances count as at least √floor, and closer pairs have no gradient."""
 
-    distances, keeps = True, True
+    distances, keeps, vectors = True, True, False
 
     def __init__(self, temperature: float, gamma: float, floor: float) -> None:
         self.gamma, self.floor = gamma, floor if gamma < 2 else 0.0
@@ -249,7 +256,7 @@ def _without(s: Tensor, some: Tensor | None) -> Tensor:
 class Elementwise:
     """Any function of dot products and squared distances, by autograd: many more passes over a tile."""
 
-    distances, scale, keeps = False, 1.0, False
+    distances, scale, keeps, vectors = False, 1.0, False, False
 
     def __init__(self, log_kernel: LogKernel) -> None:
         self.log_kernel = log_kernel
@@ -417,6 +424,12 @@ class _Pairs:
                     if symmetric:
                         s += torch.add(log_k, level[tile.columns], out=_shaped(scratch, tile)).exp2_()
                     on_dots, on_squares = slope(s)
+                if kernel.vectors:
+                    assert on_squares is not None
+                    in_rows.products[tile.rows] += on_dots
+                    if tile.mirrored or not symmetric:
+                        in_columns.products[tile.columns] += on_squares
+                    continue
                 rounded = on_dots.bfloat16() if narrow else on_dots
                 in_rows.add(tile.rows, on_dots, rounded, on_squares, other.factors, -1)
                 if tile.mirrored or not symmetric:

@@ -325,7 +325,7 @@ def other_value(key: str, old: Any) -> Any:
 def test_the_hash_changes_with_what_changes_the_result_and_only_then(key: str) -> None:
     harmless = {"name", "run_dir", "device", "threads", "compile", "data.test", "data.loader", "data.workers"}
     harmless |= {"resume.force", "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last"}
-    harmless |= {"checkpoint.keep_every_epochs", "timeout", "debug.check_ranks_every"}
+    harmless |= {"checkpoint.keep_every_epochs", "timeout", "debug.check_ranks_every", "model.checkpoint_stages"}
     harmless |= {"log.wandb", "log.tensorboard", "log.every_steps"}
     new = other_value(key, config.dotted(Pretrain())[key])
     if new is None:

@@ -242,10 +242,11 @@ def test_untrained_and_attainable_loss(name: str) -> None:
 def test_every_setting_reaches_the_objective() -> None:
     given = {"kernel": "simple_sum", "temperature": 0.3, "gamma": 1.5, "mix_weight": 0.4, "mix_level": "loss"}
     given |= {"second_temperature": 0.7, "order": 2, "radius": 3.0, "norm_p": 4.0, "precision": "bf16"}
-    given |= {"backend": "triton"}
+    given |= {"distance_p": 2.0, "backend": "triton"}
     assert set(given) == set(inspect.signature(KernelInfoNCE).parameters)
     wanted = {k: v for k, v in given.items() if k != "radius"} | {"squared_radius": 9.0}
     assert KernelInfoNCE(**given).objective == Objective(**wanted)  # type: ignore[arg-type]
+    assert KernelInfoNCE("laplacian", distance_p=3.0).objective == Objective("laplacian", distance_p=3.0)
 
 
 @pytest.mark.parametrize(
