@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import MISSING as DATACLASS_MISSING
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ def option(
     """A dataclass field with its help text, allowed values, least and greatest value (inclusive; infinity only where
     `high` says so) and length of a list."""
     metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high, "length": length}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -329,24 +330,46 @@ def build(cls: type, layers: list[tuple[str, dict[str, Any]]]) -> Any:
     config: DictConfig = OmegaConf.structured(cls)
     for origin, values in layers:
         for key, value in values.items():
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1, 0.6)
-                near = near or [name for name in known if name.endswith("." + key)]
-                hint = f"did you mean {near[0]}?" if near else "--help lists every option"
-                raise ValueError(f"unknown option {key} in {origin}: {hint}")
-            if value == MISSING:
-                raise ValueError(f"{key}={value} in {origin}: {_type_name(known[key])} is wanted")
-            try:
-                OmegaConf.update(config, key, value)
-                taken = OmegaConf.select(config, key)
-            except OmegaConfBaseException as error:
-                wanted = _type_name(known[key])
-                raise ValueError(f"{key}={value} in {origin}: {wanted} is wanted") from error
-            _check_value(key, known[key], taken)
+            _take(config, known, origin, key, value)
     for key in known:
         if OmegaConf.is_missing(config, key):
             raise ValueError(f"{key} is missing: {known[key].metadata['meaning']}")
     return OmegaConf.to_object(config)
+
+
+def checked(cls: type, origin: str, key: str, value: Any) -> Any:
+    """The value as the option `key` of the config class takes it; raises ValueError as `build` does."""
+    scratch = _scratch(cls)
+    _take(scratch, options(cls), origin, key, value)
+    taken = OmegaConf.select(scratch, key)
+    return list(taken) if OmegaConf.is_list(taken) else taken
+
+
+@lru_cache
+def _scratch(cls: type) -> DictConfig:
+    return OmegaConf.structured(cls)
+
+
+def _take(config: DictConfig, known: dict[str, Any], origin: str, key: str, value: Any) -> None:
+    """Set one option, checked. What lies below an option that is a mapping is an entry of it, dots and all."""
+    mapping = next((name for name, f in known.items() if f.type == dict[str, Any] and key.startswith(f"{name}.")), "")
+    if key not in known and not mapping:
+        near = difflib.get_close_matches(key, known, 1, 0.6)
+        near = near or [name for name in known if name.endswith("." + key)]
+        hint = f"did you mean {near[0]}?" if near else "--help lists every option"
+        raise ValueError(f"unknown option {key} in {origin}: {hint}")
+    if value == MISSING:
+        raise ValueError(f"{key}={value} in {origin}: {_type_name(known[mapping or key])} is wanted")
+    try:
+        if mapping:
+            for entry, entered in _flat({key.removeprefix(f"{mapping}."): value}).items():
+                OmegaConf.select(config, mapping)[entry] = entered
+            return
+        OmegaConf.update(config, key, value)
+        taken = OmegaConf.select(config, key)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{key}={value} in {origin}: {_type_name(known[mapping or key])} is wanted") from error
+    _check_value(key, known[key], taken)
 
 
 def _type_name(f: Any) -> str:
@@ -358,6 +381,7 @@ def _type_name(f: Any) -> str:
             list[float]: "a list of numbers",
             list[int]: "a list of whole numbers",
             list[str]: "a list of texts",
+            dict[str, Any]: "a mapping",
         }[f.type]
     )
 

@@ -1,0 +1,481 @@
+"""Sweeps whose trials are stubs (tests.stub_trial), in seconds; and, marked so, with real training and real SLURM."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+
+from launch import slurm, sweep, trials
+from launch.plan import Sweep
+from simclr_ddp import config, pretrain
+from simclr_ddp.config import Pretrain
+from tests import processes
+from tests.test_cli import only_error
+from tests.test_slurm import training
+
+CONFIGS = sorted((processes.ROOT / "configs" / "sweep").glob("*.yaml"))
+STUB = [sys.executable, str(processes.ROOT / "tests" / "stub_trial.py")]
+TEMPERATURES = "space.loss.temperature.log=[0.1, 1]"
+
+
+@pytest.fixture(autouse=True)
+def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trials.Processes, "POLL", 0.02)
+    if "real" in request.node.name:
+        monkeypatch.setenv("PYTHONPATH", str(processes.ROOT))
+    else:
+        monkeypatch.setattr(trials, "PRETRAIN", STUB)
+
+
+def options(images: Path, *more: str) -> list[str]:
+    """A sweep of six trials of four epochs."""
+    fixed = {"data.train": images, "optim.global_batch_size": 8, "optim.epochs": 4, "probe.enabled": "true"}
+    return [
+        *(f"set.{key}={value}" for key, value in fixed.items()),
+        "sweep_dir=here",
+        "trials=6",
+        "grace_epochs=1",
+        *more,
+    ]
+
+
+class Forked:
+    """A sweep as a process of its own, which need not import torch again."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.output = Path(tempfile.mkstemp()[1])
+        self.pid = os.fork()
+        if self.pid == 0:
+            file = os.open(self.output, os.O_WRONLY | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            status = 1
+            try:
+                status = sweep.main(arguments)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+
+    def wait(self, condition: Callable[[], object], seconds: float = 60) -> None:
+        """Until the condition holds."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end and os.waitpid(self.pid, os.WNOHANG) == (0, 0), self.output.read_text()
+            time.sleep(0.02)
+
+    def finish(self) -> tuple[int, str]:
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return status, self.output.read_text()
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        self.finish()
+
+
+def table(folder: str = "here") -> list[dict[str, str]]:
+    return list(csv.DictReader(Path(folder, "trials.csv").read_text().splitlines()))
+
+
+def study(storage: str = "here/optuna.journal", name: str = "sweep") -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=JournalStorage(JournalFileBackend(storage)))
+
+
+def starts(number: int, folder: str = "here") -> list[str]:
+    path = Path(folder, "trials", f"{number:04d}", "starts")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+# --- what comes out -------------------------------------------------------------------------------------------------
+
+
+def test_finished_failed_killed_and_pruned_trials(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The spectral one is the last and worst, and stands still in its second epoch."""
+    cells = "[gaussian, laplacian, cosine, arccos, spectral]"
+    arguments = options(images, "pruner=halving", "name=mixed", f"space.loss.kernel.choice={cells}", TEMPERATURES)
+
+    def lowest_last(drawn: list[dict[str, Any]]) -> bool:
+        kernels = [d["loss.kernel"] for d in drawn]
+        temperatures = [d["loss.temperature"] for d in drawn]
+        return len(set(kernels)) == 5 and kernels.index("spectral") == 5 and min(temperatures) == temperatures[5]
+
+    assert sweep.main([*arguments, f"seed={seed_with(arguments, lowest_last)}"]) == 0
+    output = capfd.readouterr().out
+    states = {row["loss.kernel"]: row["state"] for row in table()}
+    assert states["laplacian"] == states["arccos"] == "failed" and states["spectral"] == "ended early", table()
+    assert "finished" in states.values()
+    errors = {row["loss.kernel"]: row["error"] for row in table()}
+    assert errors["laplacian"] == "error: step 3: it diverges" and errors["arccos"].startswith("killed by SIGKILL")
+    (last,) = [row for row in table() if row["loss.kernel"] == "spectral"]
+    assert last["epochs"] == "1" and starts(int(last["trial"])) and "paused" in log(int(last["trial"]))
+    assert f"trial {last['trial']}: ended early, probe_top1 {float(last['probe_top1']):.4f} at epoch 1" in output
+    assert "failed: error: step 3: it diverges" in output and "6 of 6 done" in output
+    kept = study(name="mixed").trials
+    assert [t.state.name for t in kept].count("FAIL") == sum(row["state"] == "failed" for row in table())
+    assert "error: step 3: it diverges" in {t.user_attrs.get("error") for t in kept}
+    report = Path("here/report.md").read_text()
+    assert "ended early" in report and "error: step 3: it diverges" in report
+
+
+def seed_with(arguments: list[str], wanted: Callable[[list[dict[str, Any]]], bool]) -> int:
+    """The first seed whose trials draw what is wanted."""
+    entries = dict(config.parse_override(argument) for argument in arguments)
+    plan = sweep.make_plan(config.build(Sweep, [("the test", entries)]))
+    seeds = (replace(plan, seed=seed) for seed in range(20000))
+    return next(p.seed for p in seeds if wanted([p.drawn(number)[1] for number in range(plan.count)]))
+
+
+def log(number: int) -> str:
+    return Path(f"here/trials/{number:04d}/log.txt").read_text()
+
+
+def test_the_best_is_a_config_that_gives_its_trial(images: Path) -> None:
+    assert sweep.main(options(images, TEMPERATURES, "trials=9", "pruner=none", "at_once=4")) == 0
+    best = max(table(), key=lambda row: float(row["probe_top1"]))
+    values = config.read_yaml("here/best.yaml")
+    taken = config.build(Pretrain, [("here/best.yaml", values)])
+    ran = config.build(Pretrain, [("trial", config.read_yaml(f"{best['run_dir']}/trial.yaml"))])
+    assert config.result_keys(taken) == config.result_keys(ran)
+    assert taken.loss.temperature == float(best["loss.temperature"]) == float(best["probe_top1"])
+    assert (taken.run_dir, taken.name) == ("", "sweep-best") and taken.data.train == str(images)
+    names = {path.name for path in Path("here").iterdir()}
+    figures = {"history.png", "importances.png", "parallel.png"}
+    assert names >= figures | {"trials.csv", "report.md", "sweep.yaml", "optuna.journal"}
+    assert all(0 < Path("here", name).stat().st_size < 300_000 for name in figures)
+    assert [row["trial"] for row in table()] == [str(n) for n in range(9)]
+    assert (
+        f"| {best['trial']} | {float(best['probe_top1']):.4f} | {best['loss.temperature']} |"
+        in Path("here/report.md").read_text().split("|---|---|---|\n")[1].split("\n")[0]
+    ), "the best is the table's first"
+
+
+def test_at_once_and_devices_change_nothing_that_is_drawn(images: Path) -> None:
+    conditional = "space.loss.mix_weight={uniform: [0, 1], when: {loss.kernel: simple_sum}}"
+    space = [TEMPERATURES, "space.loss.kernel.choice=[simple_sum, gaussian]", conditional, "pruner=none"]
+    assert sweep.main([*options(images, *space), "sweep_dir=one"]) == 0
+    Path("more").mkdir()
+    Path("more/hold").touch()  # until all that fit run
+    process = Forked([*options(images, *space), "sweep_dir=more", "devices=[0, 1, 2]"])  # fmt: skip
+    try:
+        process.wait(lambda: all(starts(number, "more") for number in range(3)))
+        assert not starts(3, "more"), "one a device"
+        assert {starts(number, "more")[0].split()[1] for number in range(3)} == {"0", "1", "2"}
+    finally:
+        Path("more/hold").unlink()
+    status, output = process.finish()
+    assert status == 0, output
+    one, more = ([{k: v for k, v in row.items() if k != "run_dir"} for row in table(f)] for f in ("one", "more"))
+    assert one == more and {row["loss.mix_weight"] == "" for row in one} == {True, False}
+    assert all((row["loss.mix_weight"] == "") == (row["loss.kernel"] == "gaussian") for row in one)
+
+
+def last_below_median(images: Path) -> list[str]:
+    """A sweep of three trials that finish, and one that is below their median and stands still."""
+    kernels = "space.loss.kernel.choice=[gaussian, spectral]"
+    arguments = options(images, TEMPERATURES, kernels, "trials=4", "startup_trials=3")
+
+    def wanted(drawn: list[dict[str, Any]]) -> bool:
+        temperatures = [d["loss.temperature"] for d in drawn]
+        last = [d["loss.kernel"] for d in drawn] == ["gaussian"] * 3 + ["spectral"]
+        return last and temperatures[3] < sorted(temperatures[:3])[1]
+
+    return [*arguments, f"seed={seed_with(arguments, wanted)}"]
+
+
+def test_median_pruning(images: Path) -> None:
+    assert sweep.main(last_below_median(images)) == 0
+    assert [row["state"] for row in table()] == ["finished"] * 3 + ["ended early"]
+
+
+def test_two_sweeps_in_one_storage(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shared = ["storage=all.journal", TEMPERATURES, "trials=3"]
+    other = [*options(images, *shared), "name=two", "sweep_dir=two", "metric=loss"]
+    process = Forked(other)
+    assert sweep.main([*options(images, *shared), "name=one", "sweep_dir=one"]) == 0
+    status, output = process.finish()
+    assert status == 0, output
+    assert [len(study("all.journal", name).trials) for name in ("one", "two")] == [3, 3]
+    assert [t.value for t in study("all.journal", "two").trials] == [1.0] * 3
+    assert study("all.journal", "two").direction.name == "MINIMIZE"
+    assert [row["state"] for folder in ("one", "two") for row in table(folder)] == ["finished"] * 6
+    capfd.readouterr()
+    assert sweep.main([*options(images, *shared), "name=one", "sweep_dir=two"]) == 2
+    assert "sweep_dir is two, but the sweep one in all.journal was begun with one" in only_error(capfd)
+    assert sweep.main([*options(images, *shared), "name=three", "sweep_dir=two"]) == 2
+    assert "sweep_dir=two is of the sweep two" in only_error(capfd)
+
+
+# --- interrupted ----------------------------------------------------------------------------------------------------
+
+
+def test_killed_it_goes_on(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One trial's process lives on and is found again, another's dies with the sweep and is started again."""
+    arguments = options(images, TEMPERATURES, "pruner=none", "at_once=2")
+    Path("here").mkdir()
+    Path("here/hold").touch()
+    process = Forked(arguments)
+    process.wait(lambda: all(Path(f"here/trials/000{number}/metrics.jsonl").exists() for number in (0, 1)))
+    process.kill()
+    running = study().trials
+    assert [t.state.name for t in running] == ["RUNNING"] * 2
+    dead = running[1].user_attrs["handle"]["pid"]
+    os.kill(dead, signal.SIGKILL)
+    while trials._start_time(dead):
+        time.sleep(0.01)
+    with Path("here/optuna.journal").open("ab") as file:
+        file.write(b'{"op_code": 6, "wor')  # half a line, as of a full disk
+    Path("here/hold").unlink()
+    assert sweep.main(arguments) == 0
+    assert "trial 1 is taken up again" in capfd.readouterr().out
+    rows = table()
+    assert [row["state"] for row in rows] == ["finished"] * 6 and len(study().trials) == 6
+    assert all(row["probe_top1"] == row["loss.temperature"] and row["epochs"] == "4" for row in rows)
+    assert all(len(json_lines(number)) == 4 for number in range(6))
+    again = [starts(number) for number in range(6)]
+    assert len(again[1]) == 2 and [len(found) for found in again[2:]] == [1] * 4
+    assert sweep.main(arguments) == 0, "finished, it says so again"
+    assert again == [starts(number) for number in range(6)] and table() == rows
+
+
+def test_killed_its_trial_lives_on(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = options(images, TEMPERATURES, "pruner=none", "trials=1")
+    Path("here").mkdir()
+    Path("here/hold").touch()
+    process = Forked(arguments)
+    process.wait(lambda: Path("here/trials/0000/metrics.jsonl").exists())
+    process.kill()
+    process = Forked(arguments)
+    process.wait(lambda: "trial 0 still runs" in process.output.read_text())
+    assert len(starts(0)) == 1, "it is not doubled"
+    os.kill(process.pid, signal.SIGTERM)
+    status, output = process.finish()
+    assert status == 75 and "paused" in log(0), output + "it is told to save, though another has started it"
+
+
+def test_ctrl_c_saves_the_trials_and_the_same_command_goes_on(images: Path) -> None:
+    arguments = options(images, TEMPERATURES, "pruner=none", "trials=3")
+    Path("here").mkdir()
+    Path("here/hold").touch()
+    process = Forked(arguments)
+    process.wait(lambda: Path("here/trials/0000/metrics.jsonl").exists())
+    os.kill(process.pid, signal.SIGINT)
+    status, output = process.finish()
+    assert status == 75 and "stopped with 0 of 3 trials done; go on: python -m launch.sweep" in output, output
+    assert "paused" in log(0) and [row["state"] for row in table()] == ["not done"]
+    Path("here/hold").unlink()
+    assert sweep.main(arguments) == 0
+    assert [row["state"] for row in table()] == ["finished"] * 3 and [len(starts(n)) for n in range(3)] == [2, 1, 1]
+    assert len(json_lines(0)) == 4
+
+
+def json_lines(number: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(f"here/trials/{number:04d}/metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_second_process_and_other_settings_are_refused(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = options(images, TEMPERATURES, "pruner=none", "trials=2")
+    Path("here").mkdir()
+    Path("here/hold").touch()
+    process = Forked(arguments)
+    try:
+        process.wait(lambda: starts(0))
+        assert sweep.main(arguments) == 2
+        assert "another process runs the sweep in here" in only_error(capfd)
+    finally:
+        Path("here/hold").unlink()
+    assert process.finish()[0] == 0
+    for change, told in {
+        "space.loss.temperature.log=[0.1, 0.9]": "space.loss.temperature.log is [0.1, 0.9], but the sweep sweep in",
+        "set.optim.epochs=5": "optim.epochs is 5, but",
+        "seed=1": "seed of the sweep is 1, but",
+    }.items():
+        assert sweep.main([*arguments, change]) == 2
+        assert told in only_error(capfd)
+    assert sweep.main([*arguments, "trials=3", "at_once=2"]) == 0
+    assert [row["state"] for row in table()] == ["finished"] * 3, "more trials go on with it"
+
+
+# --- before the first trial -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["set.probe.enabled=false"], "would not have metric=probe_top1: probe.enabled=false; set.probe.enabled=true"),
+        (["set.data.train=spirograph"], "data.train=spirograph has no classes; metric=contrastive_top1 does without"),
+        (["set.data.train=missing.beton"], "missing.beton"),
+        (["set.optim.steps=3"], "its 3 steps are no whole epoch of 5"),
+        (["grace_epochs=4"], "no trial has more than 4 epochs, so none could end early"),
+        (["space.loss.norm_p.choice=[1, 2]", "space.loss.kernel.choice=[arccos]"], "trial 0 (loss.temperature="),
+        (["space.loss.gamma={choice: [1], when: {loss.kernel: laplacian}}"], "never holds: loss.kernel is one of"),
+        (["grid.seed=[0, 1]"], "space and grid are both: one of them is wanted"),
+        (["devices=['0,1']"], "one device a trial is wanted"),
+        (["set.run_dir=x"], "run_dir of each trial is chosen by the sweep"),
+        (["metric=accuracy"], "metric=accuracy is not known"),
+        (["slurm=none.yaml"], "config file none.yaml does not exist"),
+        (["set.optim.epoch=1"], "unknown option optim.epoch in set: did you mean optim.epochs?"),
+    ],
+)
+def test_mistakes(more: list[str], told: str, images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main([*options(images, TEMPERATURES), *more]) == 2
+    assert told in only_error(capfd)
+    assert not Path("here/trials").exists(), "nothing was started"
+
+
+def test_a_file_and_the_command_line_say_the_same(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text(
+        "space:\n  loss.temperature: {log: [0.1, 1]}\n  loss:\n    gamma: {choice: [1], when: {loss.kernel: cosine}}\n"
+    )
+    told = []
+    dotted = ["space.loss.gamma.choice=[1]", "space.loss.gamma.when.loss.kernel=cosine"]
+    for arguments in (["mine.yaml"], [TEMPERATURES, *dotted]):
+        assert sweep.main([*arguments, *options(images), "--dry-run"]) == 0
+        told.append(capfd.readouterr().out)
+    assert told[0] == told[1] and told[0].count("loss.gamma=1.0") == 6
+    assert sweep.main(["--help"]) == 0
+    assert "space                            a mapping" in capfd.readouterr().out
+    assert sweep.main(["space=3"]) == 2
+    assert "space=3 in the command line: a mapping is wanted" in only_error(capfd)
+
+
+def test_a_sweep_without_a_finished_trial(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main([*options(images, "space.loss.kernel.choice=[laplacian]"), "trials=2"]) == 1
+    assert "error: none of the trials finished; the first that failed: error: step 3" in capfd.readouterr().err
+    assert not Path("here/best.yaml").exists() and Path("here/history.png").exists()
+
+
+def test_a_dry_run_shows_the_trials(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main([*options(images, TEMPERATURES), "--dry-run"]) == 0
+    assert capfd.readouterr().out.count("loss.temperature=") == 6 and not Path("here").exists()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_shipped_config(path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.chdir(processes.ROOT)
+    quick = [f"set.data.train={images}", "set.optim.global_batch_size=8", "trials=25", "--dry-run"]
+    assert sweep.main([str(path), *quick]) == 0
+    trials = capfd.readouterr().out.splitlines()
+    assert len(trials) == {"kernel_infonce": 25, "kernels_and_lengths": 30}[path.stem]
+    assert f"python -m launch.sweep configs/sweep/{path.name}" in path.read_text()
+    if path.stem == "kernel_infonce":
+        assert any("kernel=gaussian" in line for line in trials)
+        assert all(("mix_weight" in line) == ("_sum" in line) for line in trials)
+
+
+# --- the grid -------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid(images: Path) -> None:
+    grid = ["grid.optim.epochs=[2, 3]", "grid.kernel={warm: {loss.temperature: 0.5}, hot: {loss.temperature: 0.9}}"]
+    assert sweep.main([*options(images, *grid), "at_once=4"]) == 0
+    found = {(row["kernel"], row["optim.epochs"]): (row["probe_top1"], row["epochs"]) for row in table()}
+    assert found == {
+        ("warm", "2"): ("0.5", "2"),
+        ("warm", "3"): ("0.5", "3"),
+        ("hot", "2"): ("0.9", "2"),
+        ("hot", "3"): ("0.9", "3"),
+    }
+
+
+# --- jobs, with a SLURM that is not there ----------------------------------------------------------------------------
+
+
+def test_a_grid_is_one_job_array(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def submit_array(settings: slurm.Slurm, plans: list[slurm.Plan], at_once: int) -> str:
+        asked.append((len(plans), at_once))
+        for i, plan in enumerate(plans):
+            plan.folder.mkdir()
+            with (plan.folder / f"77_{i}_0_log.out").open("w") as log:
+                subprocess.run([*STUB, plan.command[1]], stdout=log, check=False)
+        return "77"
+
+    monkeypatch.setattr(slurm, "submit_array", submit_array, raising=False)
+    monkeypatch.setattr(slurm, "state", lambda job: ("FAILED", 1) if job == "77_1" else ("COMPLETED", 0))
+    Path("jobs.yaml").write_text("minutes: 10\n")
+    arguments = options(images, "grid.loss.kernel=[cosine, laplacian, gaussian]", "slurm=jobs.yaml", "at_once=2")
+    assert sweep.main(arguments) == 0
+    assert asked == [(3, 2)]
+    assert [row["state"] for row in table()] == ["finished", "failed", "finished"]
+    assert table()[1]["error"] == "error: step 3: it diverges"
+    assert [t.user_attrs["handle"]["job"] for t in study().trials] == ["77_0", "77_1", "77_2"]
+
+
+def test_a_job_that_falls_behind_is_cancelled(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[subprocess.Popen[bytes]] = []
+    run = subprocess.run
+
+    def submit(settings: slurm.Slurm, plan: slurm.Plan) -> str:
+        jobs.append(subprocess.Popen([*STUB, plan.command[1]]))
+        return str(len(jobs) - 1)
+
+    def state(job: str) -> tuple[str, int]:
+        status = jobs[int(job)].poll()
+        return ("RUNNING", 0) if status is None else ("CANCELLED" if status else "COMPLETED", 0)
+
+    def scancel(command: list[str], **more: Any) -> Any:
+        return jobs[int(command[-1])].terminate() if command[0] == "scancel" else run(command, **more)
+
+    monkeypatch.setattr(slurm, "submit", submit)
+    monkeypatch.setattr(slurm, "state", state)
+    monkeypatch.setattr(subprocess, "run", scancel)
+    monkeypatch.setattr(trials.Jobs, "POLL", 0.02)
+    Path("jobs.yaml").write_text("minutes: 10\n")
+    assert sweep.main([*last_below_median(images), "slurm=jobs.yaml", "at_once=1"]) == 0
+    assert [row["state"] for row in table()] == ["finished"] * 3 + ["ended early"]
+    assert jobs[3].wait() == 75, "it has saved"
+
+
+# --- real trials ----------------------------------------------------------------------------------------------------
+
+
+def real(images: Path, *more: str) -> list[str]:
+    """A sweep of two short runs that differ in their learning rate; one of them diverges."""
+    _, *fixed = training(images, Path("unused"), "probe.enabled=true", "optim.steps=null", "optim.epochs=6")
+    kept = [f"set.{argument}" for argument in fixed if not argument.startswith("run_dir=")]
+    return [*kept, "sweep_dir=here", "pruner=none", "grid.optim.base_learning_rate=[0.1, 1e30]", *more]
+
+
+@pytest.mark.slow
+def test_real_trials(images: Path) -> None:
+    assert sweep.main(real(images)) == 0
+    good, bad = table()
+    assert (good["state"], good["epochs"], bad["state"]) == ("finished", "6", "failed")
+    assert 0 <= float(good["probe_top1"]) <= 1 and "it diverges" in bad["error"]
+    assert pretrain.main(["here/best.yaml", "optim.epochs=1"]) == 0
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif("SIMCLR_SLURM_DIR" not in os.environ, reason="no cluster: SIMCLR_SLURM_DIR is not set")
+def test_real_jobs_that_are_found_again_after_a_kill(images: Path) -> None:
+    here = Path.cwd() / "here"
+    (here.parent / "jobs.yaml").write_text("cpus_per_task: 1\nminutes: 10\n")
+    jobs = f"slurm={here.parent / 'jobs.yaml'}"
+    space = "space.optim.base_learning_rate={log: [0.1, 0.2]}"
+    arguments = [a for a in real(images, space, "trials=2", jobs, f"sweep_dir={here}") if not a.startswith("grid.")]
+    process = Forked(arguments)
+    process.wait(lambda: (here / "sweep.yaml").exists(), 120)
+    process.wait(lambda: sum("handle" in t.user_attrs for t in study().trials) == 2, 120)
+    process.kill()
+    submitted = [t.user_attrs["handle"]["job"] for t in study().trials]
+    assert sweep.main(arguments) == 0
+    assert [row["state"] for row in table()] == ["finished"] * 2
+    assert [t.user_attrs["handle"]["job"] for t in study().trials] == submitted, "no job was submitted twice"
