@@ -166,6 +166,7 @@ def test_the_best_is_a_config_that_gives_its_trial(images: Path) -> None:
     ), "the best is the table's first"
 
 
+@pytest.mark.slow
 def test_at_once_and_devices_change_nothing_that_is_drawn(images: Path) -> None:
     conditional = "space.loss.mix_weight={uniform: [0, 1], when: {loss.kernel: simple_sum}}"
     space = [TEMPERATURES, "space.loss.kernel.choice=[simple_sum, gaussian]", conditional, "pruner=none"]
@@ -199,6 +200,7 @@ def last_below_median(images: Path) -> list[str]:
     return [*arguments, f"seed={seed_with(arguments, wanted)}"]
 
 
+@pytest.mark.slow
 def test_median_pruning(images: Path) -> None:
     assert sweep.main(last_below_median(images)) == 0
     assert [row["state"] for row in table()] == ["finished"] * 3 + ["ended early"]
