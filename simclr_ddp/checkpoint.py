@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 _NAME = re.compile(r"step-(\d{8})\.pt")
+KEPT_DAMAGED = 2  # they may still tell what damaged them, but are as large as whole ones
 
 
 def _sync(path: Path) -> None:
@@ -109,7 +110,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that loads; damaged ones after it are reported and renamed to *.damaged. Rank 0 only."""
+    """The newest checkpoint that loads; rank 0 only.
+
+    Damaged ones after it are reported and renamed to *.damaged, of which the newest two stay.
+    """
     for left in folder.glob(".step-*.tmp"):  # of a save that was killed
         left.unlink()
     for path in reversed(all_steps(folder)):
@@ -118,6 +122,8 @@ def newest(folder: Path, report: Callable[[str], None]) -> Path | None:
         except ValueError as error:
             path.rename(path.with_suffix(".pt.damaged"))
             report(f"{error}; kept aside as {path.name}.damaged, going on from the one before")
+            for old in sorted(folder.glob("step-*.pt.damaged"))[:-KEPT_DAMAGED]:
+                old.unlink()
         else:
             _point_latest_at(path)
             return path

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from simclr_ddp import cli, distributed
+from simclr_ddp import checkpoint, cli, distributed
 from simclr_ddp.config import Pretrain
-from simclr_ddp.data import cores, usable_workers
+from simclr_ddp.data import PREFETCH, VIEWS, Dataset, cores, usable_loader, usable_workers
 from simclr_ddp.run import Plan
 
 
@@ -20,12 +20,59 @@ class Finding(NamedTuple):
     text: str
 
 
-def at_the_start(settings: Pretrain, plan: Plan) -> None:
-    """The quick part, in `pretrain`: only warnings are printed, since whatever is an error ends the run elsewhere."""
+def at_the_start(settings: Pretrain, plan: Plan, dataset: Dataset) -> None:
+    """The quick part, in `pretrain`: what is well is not printed, and whatever is an error ends the run elsewhere."""
+    for finding in memory(dataset):
+        if finding.level != "ok":
+            cli.say(finding.text)
     found = [*machine(settings, distributed.local_world_size()), *recipe(settings, plan)]
     for finding in found:
         if finding.level != "ok":
             cli.warn(finding.text)
+
+
+def negatives(n: int, ranks: int) -> str:
+    """The line of a run's header that says what each view is compared with."""
+    among = f" on {ranks} ranks: {2 * n - 2:,} negatives a view, from all ranks" if ranks > 1 else ""
+    return f"N = {n:,} images{among or f': {2 * n - 2:,} negatives a view'}"
+
+
+def room_for(folder: Path, size: int, keep_last: int) -> str:
+    """A warning where the checkpoints to keep and the one being written, of that many bytes each, don't fit; or ""."""
+    there = sum(path.stat().st_size for path in checkpoint.all_steps(folder)[-keep_last:])  # to be replaced
+    wanted, free = (keep_last + 1) * size - there, shutil.disk_usage(folder).free
+    if wanted <= free:
+        return ""
+    return (
+        f"{folder} has {free / 1e6:,.0f} MB free, but {keep_last + 1} checkpoints take up to {wanted / 1e6:,.0f} MB "
+        "more: make room, run_dir=... takes another place, or a smaller checkpoint.keep_last fewer"
+    )
+
+
+def memory(dataset: Dataset) -> Iterator[Finding]:
+    """Whether the data file fits into the memory that is free, where it is read from after the first epoch."""
+    free = available_bytes()
+    if dataset.images is None or dataset.numbers is not None or free is None:
+        return
+    size = dataset.images.path.stat().st_size
+    if size <= free:
+        yield Finding("ok", f"{dataset.source} has {size / 1e9:,.1f} GB, {free / 1e9:,.1f} GB of memory are free")
+    else:
+        yield Finding(
+            "warning",
+            f"{dataset.source} has {size / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB of memory are free: images are read "
+            "from the disk in every epoch, each by itself and in random order, for which a network or hard disk is too "
+            "slow: a local SSD, or a machine with more memory",
+        )
+
+
+def available_bytes() -> int | None:
+    """Memory that programs and cached files may still take; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
 
 
 def machine(settings: Pretrain, ranks: int) -> Iterator[Finding]:
@@ -39,26 +86,40 @@ def machine(settings: Pretrain, ranks: int) -> Iterator[Finding]:
     else:
         names = {torch.cuda.get_device_name(i) for i in range(gpus)}
         yield Finding("ok", f"{gpus} GPUs ({', '.join(sorted(names))}), {cores()} CPU cores, {ranks} processes")
+    decoded = settings.data.train != "spirograph"  # whose images are drawn by the device
     workers = usable_workers(settings.data.workers, ranks)
-    if settings.data.workers > workers:
+    if decoded and settings.data.workers > workers:
         yield Finding(
-            "ok",
+            "warning",
             f"data.workers={settings.data.workers} for each of {ranks} processes, but only {cores()} cores may be used "
             f"here: {workers} are taken; a launcher's --cpus-per-task or a wider mask gives more",
         )
-    shared = Path("/dev/shm")
-    if shared.is_dir() and gpus and ranks > 1:
-        free = shutil.disk_usage(shared).free
-        if free < 64 * 2**20 * ranks:
-            yield Finding(
-                "warning",
-                f"/dev/shm has {free / 2**20:,.0f} MB free, and NCCL and torch's DataLoader of {ranks} processes want "
-                "more: docker run --shm-size=8g, or --ipc=host",
-            )
+    yield from shared_memory(settings, ranks, workers if decoded else 0, gpus)
     port = os.environ.get("MASTER_PORT", "29500")
     alone = distributed.world_size() == 1  # else the ranks have met already, perhaps there
     if ranks > 1 and alone and "TORCHELASTIC_RUN_ID" not in os.environ and not _free(int(port)):
         yield Finding("warning", f"port {port} is in use: torchrun --standalone, or --master-port=... takes another")
+
+
+def shared_memory(settings: Pretrain, ranks: int, workers: int, gpus: int) -> Iterator[Finding]:
+    """Whether /dev/shm holds the batches that DataLoader's processes pass on, and what NCCL takes."""
+    folder, wanted, users = Path("/dev/shm"), 0, []
+    if workers and settings.data.loader != "ffcv" and usable_loader(settings.data.loader)[0] == "torch":
+        batch = settings.optim.global_batch_size // ranks * VIEWS * 3 * settings.data.size**2
+        wanted += ranks * (PREFETCH * workers + 1) * batch  # one is in use
+        users.append(f"batches of {workers} decoding processes")
+    if gpus and ranks > 1:
+        wanted += 64 * 2**20 * ranks
+        users.append("NCCL")
+    if not users or not folder.is_dir():
+        return
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        yield Finding(
+            "warning",
+            f"/dev/shm has {free / 2**20:,.0f} MB free, but {' and '.join(users)} of {ranks} rank{'s' * (ranks > 1)} "
+            f"take {wanted / 2**20:,.0f} MB: docker run --shm-size=8g, --ipc=host, or fewer data.workers",
+        )
 
 
 def recipe(settings: Pretrain, plan: Plan) -> Iterator[Finding]:

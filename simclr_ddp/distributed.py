@@ -6,6 +6,7 @@ function here returns its input: the same code runs on one process.
 
 import json
 import os
+import re
 import secrets
 import sys
 import threading
@@ -39,10 +40,26 @@ def start(device: torch.device, limit: float = 600) -> None:
     global met
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and not dist.is_initialized():
+        refuse_launchers_side_by_side()
         store = dist.PrefixStore("group", _meet(size, min(limit, ARRIVAL)))
         backend, longest = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=2 * limit)
         dist.init_process_group(backend, store=store, rank=rank(), world_size=size, timeout=longest)
         met = True
+
+
+def refuse_launchers_side_by_side() -> None:
+    """ValueError where several tasks of a SLURM step on a node each run a torchrun, which starts all its ranks."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or local_world_size() == 1:
+        return
+    # A batch script, where torchrun runs once whatever --ntasks-per-node says, is in no step of srun.
+    asked = os.environ.get("SLURM_NTASKS_PER_NODE", "") if "SLURM_STEP_ID" in os.environ else ""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or asked  # 4, or 4(x2),3 for three nodes
+    if any(int(count) > 1 for count in re.findall(r"(?:^|,)(\d+)", tasks)):
+        raise ValueError(
+            f"srun has started {tasks} tasks a node, and torchrun in each of them {local_world_size()} ranks, so all "
+            "are there several times: srun --ntasks-per-node=1 torchrun ..., or python -m launch.slurm, which needs no "
+            "torchrun"
+        )
 
 
 def start_here(rank: int, size: int, file: str) -> None:

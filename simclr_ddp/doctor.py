@@ -13,20 +13,21 @@ import platform
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simclr_ddp import checkpoint, cli
-from simclr_ddp.checks import Finding, machine, recipe
+from simclr_ddp.checks import Finding, machine, memory, recipe
 from simclr_ddp.config import Doctor, Pretrain
 from simclr_ddp.data import VIEWS, Dataset, describe_loader, open_dataset, usable_loader, usable_workers
 from simclr_ddp.model import Encoder, SimCLR, projection_head
 from simclr_ddp.pretrain import make_augmentation, make_batches, make_objective
-from simclr_ddp.run import Plan, make_plan
+from simclr_ddp.run import Plan, default_run_dir, make_plan
 from simclr_ddp.runtime import Runtime, setup
 from simclr_ddp.state import State
 from simclr_ddp.step import forward_backward
@@ -37,8 +38,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def doctor(settings: Doctor) -> int:
-    failed = False
+    failed, told = False, set()
     for finding in examine(settings):
+        if finding in told:  # by another check that stumbles over the same
+            continue
+        told.add(finding)
         cli.say(f"{finding.level:<8} {finding.text}")
         failed |= finding.level == "error"
     return 1 if failed else 0
@@ -46,22 +50,39 @@ def doctor(settings: Doctor) -> int:
 
 def examine(settings: Doctor) -> Iterator[Finding]:
     ranks = settings.doctor.ranks or max(1, torch.cuda.device_count())
-    yield from software(settings)
-    yield from machine(settings, ranks)
+    dataset, plan = None, None
+    yield from guarded(software, settings)
+    yield from guarded(machine, settings, ranks)
     try:
         dataset = open_dataset(settings.data.train, "train")
         plan = make_plan(settings, dataset)
     except (ValueError, OSError) as error:
         yield Finding("error", str(error))
-        return
-    yield from images(settings, dataset, ranks)
-    yield from batch(settings, ranks)
-    yield from recipe(settings, plan)
-    yield room(settings, plan.run_dir, keep=plan.run_dir.exists())
+    if dataset is not None:
+        yield from guarded(images, settings, dataset)
+        yield from guarded(memory, dataset)
+        yield from guarded(decoding, settings, dataset, ranks)
+    yield from guarded(batch, settings, ranks)
+    if plan is not None:
+        yield from guarded(recipe, settings, plan)
+    yield from guarded(room, settings)
     if settings.device != "cpu" and torch.cuda.is_available():
-        yield gpu_memory(settings, ranks)
-    if settings.doctor.steps:
-        yield duration(settings, dataset, plan)
+        yield from guarded(gpu_memory, settings, ranks)
+    if plan is not None and settings.doctor.steps:
+        yield from guarded(duration, settings, dataset, plan)
+
+
+def guarded(check: Callable[..., Finding | Iterator[Finding]], *arguments: Any) -> Iterator[Finding]:
+    """What a check finds; where it fails itself, that is an error, and the checks after it go on."""
+    try:
+        found = check(*arguments)
+        yield from [found] if isinstance(found, Finding) else found
+    except (ValueError, OSError) as error:
+        yield Finding("error", " ".join(str(error).split()))
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            traceback.print_exc()
+        yield Finding("error", f"{check.__name__}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def software(settings: Pretrain) -> Iterator[Finding]:
@@ -85,8 +106,8 @@ def software(settings: Pretrain) -> Iterator[Finding]:
         yield Finding(level, f"{reason}: {instead}; `make setup` builds FFCV")
 
 
-def images(settings: Doctor, dataset: Dataset, ranks: int) -> Iterator[Finding]:
-    """The data file: whole, of which labels, and what decoding takes."""
+def images(settings: Doctor, dataset: Dataset) -> Iterator[Finding]:
+    """The data file: whole, and of which labels."""
     labels = "no labels" if dataset.labels is None else f"{dataset.class_count} classes"
     if dataset.labels is not None and not dataset.has_classes:
         labels = f"{dataset.labels.shape[1]} numbers as labels"
@@ -102,7 +123,11 @@ def images(settings: Doctor, dataset: Dataset, ranks: int) -> Iterator[Finding]:
         yield Finding("ok", f"its checksum is right ({found[:16]})")
     else:
         yield Finding("error", f"{dataset.source} is damaged, its checksum is wrong: copy or write it again")
-    if dataset.numbers is None:
+
+
+def decoding(settings: Doctor, dataset: Dataset, ranks: int) -> Iterator[Finding]:
+    """Who decodes, and what it takes."""
+    if dataset.images is not None and dataset.numbers is None:
         workers = usable_workers(settings.data.workers, ranks)
         share = settings.optim.global_batch_size // ranks
         told = describe_loader(dataset.images, settings.data.loader, workers, share, VIEWS, settings.data.size)
@@ -120,8 +145,10 @@ def batch(settings: Pretrain, ranks: int) -> Iterator[Finding]:
         yield Finding("ok", f"batch of {n} images, {n // ranks} a process; {2 * n - 2:,} negatives a view")
 
 
-def room(settings: Pretrain, run_dir: Path, keep: bool) -> Finding:
-    """Whether checkpoints fit where they go; the run directory is dropped again unless it is to be kept."""
+def room(settings: Pretrain) -> Finding:
+    """Whether checkpoints fit where they go; a run directory that was not there is dropped again."""
+    run_dir = default_run_dir(settings)
+    keep = run_dir.exists()
     size = (2 + settings.checkpoint.keep_last) * checkpoint_bytes(settings)
     parents = [p for p in (run_dir, *run_dir.parents) if not p.exists()]
     fault = checkpoint.trial_write(run_dir, size)
@@ -131,7 +158,7 @@ def room(settings: Pretrain, run_dir: Path, keep: bool) -> Finding:
                 folder.rmdir()
     if fault:
         return Finding("error", fault)
-    free = shutil.disk_usage(run_dir if run_dir.exists() else Path.cwd()).free
+    free = shutil.disk_usage(next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())).free
     return Finding("ok", f"{run_dir} can be written, {free / 1e9:,.1f} GB are free, {size / 1e9:.2f} GB are wanted")
 
 

@@ -162,6 +162,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+LOADER_LIMITS = 0.2  # share of the time that is spent waiting for data, from which it is worth a word
+
+
 class Progress:
     """A bar with rate and time left on a terminal, a plain line for each line of metrics elsewhere."""
 
@@ -177,6 +180,8 @@ class Progress:
         if not self._shown:
             return
         text = f"epoch {values['epoch']:.2f}  loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
+        waited = values["data_wait_fraction"]
+        text += f"  data {waited:.0%}{' (the loader is the limit)' if waited > LOADER_LIMITS else ''}"
         if "probe_top1" in values:
             text += f"  probe {values['probe_top1']:.1%}"
         if not self._bar.disable:

@@ -59,8 +59,12 @@ def pretrain(settings: Pretrain) -> int:
         dataset = open_dataset(settings.data.train, "train")
         check_agreement(settings, runtime, dataset)
         objective, augment = make_objective(settings), make_augmentation(settings, dataset, runtime)
-        plan = make_plan(settings, dataset)
-        checks.at_the_start(settings, plan)
+        try:
+            plan = make_plan(settings, dataset)
+        except ValueError as error:  # of all ranks: they agree in settings and data
+            distributed.fail_together(str(error))
+        cli.say(checks.negatives(settings.optim.global_batch_size, distributed.world_size()))
+        checks.at_the_start(settings, plan, dataset)
         with locked(plan.run_dir):
             saved = find_checkpoint(plan, settings, identity(settings, runtime, dataset))
             start = saved["step"] if saved else 0
@@ -75,6 +79,7 @@ def pretrain(settings: Pretrain) -> int:
             if fault:
                 distributed.fail_together(fault)
             if distributed.is_main():
+                cli.warn(checks.room_for(folder, size, settings.checkpoint.keep_last))
                 (plan.run_dir / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier end, if any
                 record_start(settings, runtime, plan, start)
             try:
@@ -207,8 +212,6 @@ def make_batches(
     share = Share(settings.seed, settings.optim.global_batch_size, distributed.rank(), distributed.world_size())
     workers = usable_workers(wanted.workers, distributed.local_world_size())
     if dataset.images is not None and dataset.numbers is None:
-        if workers < wanted.workers:
-            cli.say(f"data.workers={wanted.workers} is lowered to {workers}: this rank's share of the cores")
         batch_size = share.global_batch_size // share.world_size
         cli.say(describe_loader(dataset.images, wanted.loader, workers, batch_size, VIEWS, wanted.size))
     return training_batches(

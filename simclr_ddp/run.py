@@ -17,6 +17,10 @@ from simclr_ddp.data import Dataset, steps_per_epoch
 from simclr_ddp.runtime import Runtime, describe
 from simclr_ddp.schedule import learning_rate, peak_learning_rate
 
+# With another value of these, tensors of the model or of the optimizer do not fit, whatever resume.force says.
+SHAPES = {"model.arch", "model.width", "model.stem", "head.kind", "head.layers", "head.hidden", "head.out"}
+SHAPES |= {"probe.enabled", "optim.name"}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -122,14 +126,21 @@ def check_agreement(settings: Pretrain, runtime: Runtime, dataset: Dataset) -> N
     own = ("run_dir", "data.train", "data.test", "data.loader", "data.workers", "device", "threads")  # each machine's
     same = {key: value for key, value in config.dotted(settings).items() if key not in own}
     mine = same | identity(settings, runtime, dataset) | {"the version of torch": torch.__version__}
-    first, *others = distributed.from_all(mine)
-    for rank, theirs in enumerate(others, start=1):
+    several = distributed.world_size() > 1
+    data = [dataset.source, dataset.images.digest() if several and dataset.images is not None else ""]
+    (first, first_data), *others = distributed.from_all([mine, data])
+    for rank, (theirs, their_data) in enumerate(others, start=1):
         for key, value in theirs.items():
             if value != first.get(key):
                 distributed.fail_together(
                     f"{key} is {first.get(key)} on rank 0, but {value} on rank {rank}: all ranks want the same "
                     "command, versions and files"
                 )
+        if their_data[1] != first_data[1]:  # of the bytes themselves: the fingerprint is what stands beside them
+            distributed.fail_together(
+                f"{their_data[0]} on rank {rank} does not hold the bytes that {first_data[0]} on rank 0 does: "
+                "simclr_ddp.doctor tells which is damaged, copy or write it again"
+            )
 
 
 def find_checkpoint(plan: Plan, settings: Pretrain, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -137,37 +148,43 @@ def find_checkpoint(plan: Plan, settings: Pretrain, wanted: dict[str, Any]) -> d
 
     wanted  what it must agree in: `identity`
 
-    Raises ValueError naming the keys in which it differs, unless resume.force names them; other settings that differ
-    are printed.
+    All ranks end, naming the key, if it differs in one that resume.force does not name; other settings that differ are
+    printed. A key that it lacks is newer than it: it was made with what is the default now.
     """
     force = settings.resume.force
     unknown = [key for key in force if key not in wanted]
     if unknown:
-        raise ValueError(f"resume.force={unknown} names no option that a checkpoint is compared in: --help lists them")
+        distributed.fail_together(
+            f"resume.force={unknown} names no option that a checkpoint is compared in: --help lists them"
+        )
     folder = plan.run_dir / "checkpoints"
     found = checkpoint.newest(folder, cli.warn) if distributed.is_main() else None
     damaged = len(list(folder.glob("*.damaged"))) if folder.is_dir() else 0
     name, damaged = distributed.from_main([found.name if found else "", damaged])
     if not name and damaged:
-        raise ValueError(f"no checkpoint in {folder} is whole ({damaged} damaged): run_dir=... starts another run")
+        distributed.fail_together(
+            f"no checkpoint in {folder} is whole ({damaged} damaged): run_dir=... starts another run"
+        )
     if not name:
         return None
     saved = checkpoint.load(folder / name)
     if saved["step"] > plan.total_steps:
-        raise ValueError(
+        distributed.fail_together(
             f"{plan.run_dir} is at step {saved['step']}, beyond the {plan.total_steps} steps of these settings: "
             "more epochs or steps go on with it, run_dir=... starts another run"
         )
+    defaults = config.dotted(type(settings)())
     for key in sorted(wanted.keys() | saved["identity"].keys()):
-        then, now = saved["identity"].get(key), wanted.get(key)
+        then, now = saved["identity"].get(key, defaults.get(key)), wanted.get(key)
         if then != now and key not in force:
-            raise ValueError(
+            anyway = f", resume.force=[{key}] goes on anyway" if key in wanted and key not in SHAPES else ""
+            distributed.fail_together(
                 f"{key} is {now}, but the checkpoint {name} in {plan.run_dir} was made with {then}: "
-                f"run_dir=... starts another run, resume.force=[{key}] goes on anyway"
+                f"run_dir=... starts another run{anyway}"
             )
         if then != now:
             cli.say(f"resume.force: {key} changes from {then} to {now}")
-    before = config.dotted(saved["config"])
+    before = defaults | config.dotted(saved["config"])
     for key, now in config.dotted(settings).items():
         if key in wanted or key == "run_dir" or key.startswith("resume.") or before.get(key) == now:
             continue

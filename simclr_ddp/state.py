@@ -91,12 +91,18 @@ class State:
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError if the checkpoint is of another model."""
+        """All ranks end if the checkpoint is of another model."""
         try:
             self.model.load_state_dict(saved["model"])
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                wanted = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
                 optimizer.load_state_dict(state)
-        except (RuntimeError, KeyError) as error:
-            raise ValueError(f"the checkpoint is of another model: {' '.join(str(error).split())[:200]}") from error
+                for group, numbers in zip(optimizer.param_groups, wanted, strict=True):
+                    group |= numbers  # the settings', which resume.force may have changed
+        except (RuntimeError, KeyError, ValueError) as error:
+            distributed.fail_together(
+                f"the checkpoint is of another model ({' '.join(str(error).split())[:200]}): run_dir=... starts "
+                "another run"
+            )
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])

@@ -17,11 +17,13 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.queues import Queue
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -91,25 +93,68 @@ def verify(settings: Verify) -> int:
 
 
 def run_on(count: int, settings: Verify, peak: float) -> dict[str, Tensor]:
-    """What `count` processes measure together; ValueError if one of them fails."""
+    """What `count` processes measure together; ValueError if one of them fails or dies."""
     context = multiprocessing.get_context("spawn")
-    told: Queue = context.Queue()
+    processes: list[Any] = []
+    pipes: list[Connection] = []
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (count, str(Path(folder) / "store"), settings, peak, told)
-        processes = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(count)]
-        for process in processes:
-            process.start()
-        fault, found = told.get()
-        for process in processes:
-            if fault:
-                process.kill()
-            process.join()
+        arguments = (count, str(Path(folder) / "store"), settings, peak)
+        fault = "interrupted"
+        try:
+            for rank in range(count):
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_rank, args=(rank, *arguments, theirs), daemon=True)
+                process.start()
+                processes.append(process)
+                theirs.close()
+                pipes.append(ours)
+            fault, found = first_told(processes, pipes)
+        finally:
+            for process in processes:
+                if fault:
+                    process.kill()
+                process.join()
     if fault:
         raise ValueError(fault)
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
 
-def _rank(rank: int, count: int, store: str, settings: Verify, peak: float, told: Queue) -> None:
+def first_told(processes: list[Any], pipes: list[Connection]) -> tuple[str, dict[str, list[float]]]:
+    """(fault, what rank 0 found), as soon as one process tells it, or has died.
+
+    A process that only tells that it lost another one is heard, but the death of that one is waited for a second.
+    Exit statuses are looked at besides the pipes: that of one that was killed may stay open in its decoding processes.
+    """
+    open_pipes, lost, until = list(pipes), None, math.inf
+    while time.monotonic() < until:
+        dead = [rank for rank, process in enumerate(processes) if process.exitcode]  # None: alive
+        for pipe in wait(open_pipes, 0.2):
+            assert isinstance(pipe, Connection)
+            open_pipes.remove(pipe)
+            rank = pipes.index(pipe)
+            try:
+                told = pipe.recv()
+            except (EOFError, OSError):
+                processes[rank].join(1)
+                if rank == 0 or processes[rank].exitcode:
+                    dead.append(rank)
+                continue
+            if cli.LOST.search(told[0]) is None:
+                return told
+            lost, until = lost or told, min(until, time.monotonic() + 1)
+        if dead:
+            code = processes[dead[0]].exitcode
+            how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with status {code}"
+            return (
+                f"rank {dead[0]} of {len(processes)} {how} before it told what it found: if memory is short, fewer "
+                "verify.ranks or verify.images, or a smaller model.width, take less; else try again",
+                {},
+            )
+    assert lost is not None
+    return lost
+
+
+def _rank(rank: int, count: int, store: str, settings: Verify, peak: float, told: Connection) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
@@ -118,10 +163,10 @@ def _rank(rank: int, count: int, store: str, settings: Verify, peak: float, told
             distributed.start_here(rank, count, store)
         found = measure_loss(settings) if settings.verify.loss else measure(settings, peak)
         if rank == 0:
-            told.put(("", {name: value.double().flatten().tolist() for name, value in found.items()}))
+            told.send(("", {name: value.double().flatten().tolist() for name, value in found.items()}))
     except Exception as error:
         traceback.print_exc()
-        told.put((f"rank {rank} of {count}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", {}))
+        told.send((f"rank {rank} of {count}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", {}))
     finally:
         distributed.stop()
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from simclr_ddp import beton
-from simclr_ddp.beton import FLOAT, INT, PICTURES, Beton, Picture, vector
+from simclr_ddp.beton import FLOAT, INT, PICTURES, Beton, Picture, quick_digest, vector
 
 SMALL = 1 << 12  # a page size for tests: FFCV's 8 MiB would make every file 16 MiB
 
@@ -138,6 +138,34 @@ def test_sidecar_fingerprint_and_pickle(path: Path) -> None:
         again = pickle.loads(pickle.dumps(bare))
     np.testing.assert_array_equal(again.image(0), noise(4, 4))
     assert again.fingerprint() == bare.fingerprint() and len(pickle.dumps(bare)) < 500
+
+
+def test_the_digest_is_of_the_bytes_that_lie_there(path: Path) -> None:
+    first, written = write(path, [(raw(noise(4, 4)),)], {"image": PICTURES}).digest(), path.read_bytes()
+    assert first == quick_digest(path) and len(first) == 16
+    for position in (0, len(written) // 2, len(written) - 1):
+        path.write_bytes(written[:position] + bytes([written[position] ^ 1]) + written[position + 1 :])
+        assert quick_digest(path) != first
+    path.write_bytes(written)
+    assert quick_digest(path) == first
+
+
+def test_the_digest_of_a_large_file_is_of_its_size_its_ends_and_blocks_between(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    written = bytearray(np.random.default_rng(0).bytes(8 << 20))
+    path.write_bytes(written)
+
+    def digest() -> str:
+        return quick_digest(path, whole=1 << 20, block=1 << 10, blocks=16)
+
+    first = digest()
+    for position, seen in ((0, True), ((4 << 20) + 1000, True), ((4 << 20) + 2000, False), ((8 << 20) - 1, True)):
+        written[position] ^= 1
+        path.write_bytes(written)
+        assert (digest() != first) == seen, position
+        written[position] ^= 1
+    path.write_bytes(written + b"0")
+    assert digest() != first
 
 
 def test_fingerprint_without_sidecar_depends_on_the_labels(tmp_path: Path) -> None:

@@ -125,6 +125,18 @@ def test_a_half_written_one_is_kept_aside_and_the_one_before_used(share: float, 
     assert checkpoint.newest(tmp_path, pytest.fail) == tmp_path / "step-00000001.pt"
 
 
+def test_of_the_damaged_ones_the_newest_two_stay(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        path = checkpoint.save(tmp_path, state_of(step), step, keep_last=2)
+        if step > 1:
+            truncate(path, 0.5)
+            assert checkpoint.newest(tmp_path, lambda _: None) == tmp_path / "step-00000001.pt"
+    assert [p.name for p in sorted(tmp_path.glob("*.damaged"))] == [
+        "step-00000005.pt.damaged",
+        "step-00000006.pt.damaged",
+    ]
+
+
 def test_all_damaged(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, state_of(1), 1, keep_last=1)
     truncate(path, 0.5)

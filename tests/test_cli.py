@@ -260,9 +260,33 @@ def test_another_model_in_the_run_directory(images: Path, tmp_path: Path, capfd:
     capfd.readouterr()
     wider = ["model.width=0.125", "optim.steps=4"]
     assert run(*small(images, run_dir, *wider, "resume.force=[optim.steps]")) == 2
-    assert "model.width is 0.125, but the checkpoint" in only_error(capfd)
+    told = only_error(capfd)
+    assert "model.width is 0.125, but the checkpoint" in told and "run_dir=... starts another run" in told
+    assert "resume.force" not in told, "no way out"
     assert run(*small(images, run_dir, *wider, "resume.force=[optim.steps,model.width]")) == 2
-    assert "the checkpoint is of another model" in only_error(capfd)
+    told = only_error(capfd)
+    assert "the checkpoint is of another model" in told and "run_dir=... starts another run" in told
+
+
+def test_an_option_that_is_newer_than_the_checkpoint(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It was made with what is the default now."""
+    run_dir = tmp_path / "run"
+    assert run(*small(images, run_dir)) == 0
+    (path,) = (run_dir / "checkpoints").glob("step-*.pt")
+    saved = torch.load(path, weights_only=True)
+    del saved["identity"]["loss.radius"], saved["config"]["loss"]["radius"], saved["config"]["log"]["every_steps"]
+    torch.save(saved, path)
+    capfd.readouterr()
+    assert run(*small(images, run_dir, "optim.steps=4", "resume.force=[optim.steps]")) == 0
+    told = capfd.readouterr().out
+    assert "loss.radius" not in told and "None" not in told
+    again = ("optim.steps=4", "loss.radius=2")
+    (run_dir / "checkpoints" / "step-00000004.pt").unlink()
+    assert run(*small(images, run_dir, *again, "resume.force=[optim.steps]")) == 2
+    told = only_error(capfd)
+    assert "loss.radius is 2.0, but" in told and "made with 1.0" in told and "resume.force=[loss.radius] goes" in told
 
 
 def test_other_data_in_the_run_directory(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from simclr_ddp import distributed
+from simclr_ddp import config, distributed
+from simclr_ddp.config import Pretrain
+from simclr_ddp.data import open_dataset
 from simclr_ddp.distributed import CrossRankBatchNorm
+from simclr_ddp.runtime import Runtime
+from simclr_ddp.state import State
 from tests.ranks import Ranks
 
 WORLDS = (1, 2, 4)
@@ -358,3 +362,27 @@ def test_a_flipped_bit_on_one_rank_is_found_and_named(dtype: torch.dtype, ranks:
     assert ranks.run(4, differing_after_a_flip, "b", 0, dtype) == [["b"]] * 4
     assert ranks.run(2, differing_after_a_flip, "a", 14, dtype) == [["a"]] * 2
     assert ranks.run(2, differing_after_a_flip, "count", 0, dtype) == [["count"]] * 2
+
+
+def ended_by_the_check(disturbed: int) -> str:
+    wanted = config.build(Pretrain, [("here", {"device": "cpu", "model.width": 0.0625, "head.out": 8})])
+    state = State(wanted, Runtime(torch.device("cpu"), "fp32", 1), open_dataset("spirograph", "train"))
+    if distributed.rank() == disturbed:
+        with torch.no_grad():
+            state.model.encoder.conv1.weight[0, 0, 0, 0] += 1e-3
+    try:
+        state.check_ranks(7)
+    except ValueError as error:
+        return str(error)
+    except SystemExit as end:
+        return f"exit {end.code}"
+    return "alike"
+
+
+def test_ranks_whose_parameters_differ_end_the_run(ranks: Ranks) -> None:
+    assert ranks.run(2, ended_by_the_check, -1) == ["alike", "alike"]
+    told, other = ranks.run(2, ended_by_the_check, 1)
+    assert told.startswith(
+        "after step 7 the ranks hold different values of encoder.conv1.weight, one of 1 such tensors"
+    )
+    assert "the same command goes on from the last checkpoint" in told and other == "exit 2"

@@ -1,12 +1,14 @@
 """The doctor's findings: each kind of trouble is found, named, and has a way out."""
 
+import shutil
 import socket
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 
-from simclr_ddp import checks, config, doctor
+from simclr_ddp import checks, config, data, doctor, pretrain
 from simclr_ddp.config import Doctor
 from simclr_ddp.data import open_dataset
 from simclr_ddp.run import make_plan
@@ -62,7 +64,7 @@ def test_a_damaged_file(images: Path, tmp_path: Path, capfd: pytest.CaptureFixtu
         ("optim.name=sgd,optim.base_learning_rate=30", "warning", "SGD at a learning rate of 30"),
         ("loss.temperature=0.001", "warning", "loss.temperature=0.001 is NT-Xent at 0.001"),
         ("loss.kernel=gaussian,loss.temperature=10", "warning", "loss.temperature=10 is NT-Xent at 5"),
-        ("data.workers=1000", "ok", "data.workers=1000 for each of"),
+        ("data.workers=1000", "warning", "data.workers=1000 for each of"),
         ("data.train=missing.beton", "error", "missing.beton"),
         ("optim.global_batch_size=64", "error", "holds 40 images, fewer than"),
     ],
@@ -82,6 +84,94 @@ def test_no_room(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert list(tmp_path.iterdir()) == []
 
 
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_the_room_is_that_of_the_run_directorys_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(Path(path)) or Usage(9e9, 0, 9e9))
+    assert "9.0 GB are free" in doctor.room(built(f"run_dir={tmp_path / 'new' / 'run'}", "model.width=0.125")).text
+    assert asked == [tmp_path]
+
+
+def test_shared_memory_of_one_process(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of 256 x 2 views of 32 pixels are 1.5 MB: two for each of 2 workers, and the one in use, 7.5."""
+    monkeypatch.setattr(checks, "usable_workers", lambda wanted, ranks: wanted)
+    arguments = (f"data.train={images}", "device=cpu", "data.workers=2")
+
+    def told(free: int, *more: str) -> list[str]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free, 0, free))
+        return [f.text for f in checks.machine(built(*arguments, *more), ranks=1) if f.level == "warning"]
+
+    (line,) = told(7 << 20, "data.loader=torch")
+    assert "/dev/shm has 7 MB free" in line and "take 8 MB" in line and "--shm-size" in line
+    assert told(8 << 20, "data.loader=torch") == [] == told(7 << 20, "data.loader=torch", "data.workers=0")
+    assert told(7 << 20, "data.loader=ffcv") == [], "its threads share nothing through it"
+
+
+def test_workers_beyond_the_cores_of_all_local_ranks(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "cores", lambda: 8)
+    for ranks, amiss in ((1, 0), (2, 0), (4, 1)):
+        found = checks.machine(built(f"data.train={images}", "device=cpu", "data.workers=4"), ranks)
+        assert sum("data.workers=4" in f.text for f in found if f.level == "warning") == amiss
+
+
+def test_a_check_that_fails_leaves_the_others(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*_: object) -> None:
+        raise ValueError("FFCV can't be imported")
+
+    monkeypatch.setattr(doctor, "describe_loader", missing)
+    monkeypatch.setattr(doctor, "recipe", lambda *_: 1 / 0)
+    status, found = findings(settings(images, tmp_path / "run", "doctor.steps=0"), capfd)
+    errors = [text for level, text in found if level == "error"]
+    assert status == 1 and errors[0] == "FFCV can't be imported" and "ZeroDivisionError" in errors[1], found
+    assert any("can be written" in text for _, text in found)
+    status, found = findings(settings(tmp_path / "missing.beton", tmp_path / "run", "doctor.steps=1"), capfd)
+    assert status == 1 and any("can be written" in text for _, text in found)
+
+
+def test_data_larger_than_the_free_memory(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = open_dataset(str(images), "train")
+    for free, level in ((10**9, "ok"), (1000, "warning")):
+        monkeypatch.setattr(checks, "available_bytes", lambda free=free: free)
+        (finding,) = checks.memory(dataset)
+        assert finding.level == level and str(images) in finding.text
+    assert "in random order" in finding.text and "a local SSD" in finding.text
+    assert list(checks.memory(open_dataset("spirograph", "train"))) == []
+    monkeypatch.undo()
+    assert 10**7 < (checks.available_bytes() or 0) < 10**14
+
+
+def test_the_header_of_a_run(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Negatives; data and checkpoints that do not fit."""
+    arguments = settings(images, tmp_path / "run", "optim.steps=1", "data.workers=0")
+    assert pretrain.main(arguments) == 0
+    out, err = capfd.readouterr()
+    assert "N = 16 images: 30 negatives a view" in out.splitlines() and "memory are free" not in out
+    assert "MB free" not in err
+    assert checks.negatives(256, 2) == "N = 256 images on 2 ranks: 510 negatives a view, from all ranks"
+
+    monkeypatch.setattr(checks, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1_000_000, 0, 1_000_000))
+    arguments = settings(images, tmp_path / "other", "optim.steps=1", "data.workers=0")
+    assert pretrain.main(arguments) == 0
+    out, err = capfd.readouterr()
+    assert "memory are free: images are read from the disk in every epoch" in out
+    (line,) = (line for line in err.splitlines() if "MB free" in line)
+    assert "has 1 MB free, but 3 checkpoints take up to" in line and "make room" in line
+
+
+def test_checkpoints_that_are_there_need_no_more_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2500, 0, 2500))
+    assert "3 checkpoints" in checks.room_for(tmp_path, 1000, keep_last=2)
+    (tmp_path / "step-00000005.pt").write_bytes(bytes(600))
+    assert checks.room_for(tmp_path, 1000, keep_last=2) == ""
+
+
 def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -96,7 +186,8 @@ def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_start_prints_only_what_is_amiss(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for more, expected in (((), ""), (("optim.base_learning_rate=0.0001",), "warning: LARS at")):
         wanted = built(*settings(images, tmp_path / "run", "data.workers=0", "optim.trust_coefficient=0.001"), *more)
-        checks.at_the_start(wanted, make_plan(wanted, open_dataset(str(images), "train")))
+        dataset = open_dataset(str(images), "train")
+        checks.at_the_start(wanted, make_plan(wanted, dataset), dataset)
         assert capfd.readouterr().err.startswith(expected)
 
 

@@ -298,7 +298,8 @@ def test_workers_are_this_ranks_share_of_the_cores(
     monkeypatch.setattr(data, "cores", lambda: 2)
     assert pretrain.main(settings_of(images, tmp_path / "run", "data.workers=16", "optim.steps=5")) == 0
     assert asked == [2, 2], "training, and the probe's validation"
-    assert "data.workers=16 is lowered to 2" in capsys.readouterr().out
+    told = capsys.readouterr().err
+    assert "warning: data.workers=16 for each of 1 processes" in told and "2 are taken" in told
 
 
 def test_pointers_in_any_order_are_found(images: Path, tmp_path: Path) -> None:

@@ -179,7 +179,8 @@ def test_a_mirror_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: py
 def shown(values: dict, capsys: pytest.CaptureFixture[str], is_main: bool = True) -> str:
     progress = Progress(total=40, start=10, shown=is_main)
     progress.step()
-    progress.line({"epoch": 1.5, "loss": 3.14159, "images_per_second": 1234.5} | values)
+    line = {"epoch": 1.5, "loss": 3.14159, "images_per_second": 1234.5, "data_wait_fraction": 0.034}
+    progress.line(line | values)
     progress.close()
     out, err = capsys.readouterr()
     assert err == ""
@@ -188,7 +189,8 @@ def shown(values: dict, capsys: pytest.CaptureFixture[str], is_main: bool = True
 
 def test_plain_progress_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     line = shown({"step": 20}, capsys)
-    assert re.fullmatch(r"step 20/40  epoch 1\.50  loss 3\.1416  123[45] images/s  0:00:0\d left\n", line), line
+    assert re.fullmatch(r"step 20/40  epoch 1\.50  loss 3\.1416  123[45] images/s  data 3%  0:00:0\d left\n", line)
+    assert "  data 35% (the loader is the limit)  " in shown({"step": 20, "data_wait_fraction": 0.351}, capsys)
     assert "probe 87.5%" in shown({"step": 20, "probe_top1": 0.875}, capsys)
     assert shown({"step": 20}, capsys, is_main=False) == ""
     assert "left" in shown({"step": 10}, capsys)

@@ -109,6 +109,18 @@ def test_a_damaged_config_is_written_anew(images: Path, tmp_path: Path, capfd: p
     assert read_settings(tmp_path / "run").optim.steps == 4
 
 
+def test_a_weight_decay_that_is_forced_counts(images: Path, tmp_path: Path) -> None:
+    ends = []
+    for decay in ("0.0", "0.5"):
+        arguments = settings(images, tmp_path / decay, "data.workers=0", "optim.weight_decay=0.0")
+        assert pretrain.main([*arguments, "optim.steps=2"]) == 0
+        more = ("optim.steps=4", f"optim.weight_decay={decay}", "resume.force=[optim.steps,optim.weight_decay]")
+        assert pretrain.main([*arguments, *more]) == 0
+        path = tmp_path / decay / "checkpoints" / "step-00000004.pt"
+        ends.append(torch.load(path, weights_only=True)["model"]["encoder.conv1.weight"])
+    assert not torch.equal(*ends)
+
+
 def test_sigterm_saves_and_pauses_and_the_same_command_goes_on(images: Path, loader: str, tmp_path: Path) -> None:
     arguments = settings(images, tmp_path / "run", "checkpoint.every_steps=0", f"data.loader={loader}")
     process = processes.start("simclr_ddp.pretrain", *arguments)

@@ -1,6 +1,10 @@
 """The parity certificate passes what is right, and finds what is wrong."""
 
 import json
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +34,45 @@ class OwnSlice(KernelInfoNCE):
     def forward(self, y_a: Tensor, y_b: Tensor) -> Tensor:
         share = 1 / distributed.world_size()
         return super().forward(*(y * share + y.detach() * (1 - share) for y in (y_a, y_b)))
+
+
+class Dying(Local):
+    """Ends the process of the last of several ranks, or of one `alone`, by a signal (negative) or with a status."""
+
+    def __init__(self, how: int, alone: bool) -> None:
+        super().__init__()
+        self.how, self.alone = how, alone
+
+    def forward(self, y_a: Tensor, y_b: Tensor) -> Tensor:
+        if (distributed.world_size() == 1) != self.alone:
+            return super().forward(y_a, y_b)
+        if distributed.rank() == distributed.world_size() - 1:
+            print(f"died at {time.time()}", file=sys.stderr, flush=True)
+            if self.how < 0:
+                os.kill(os.getpid(), -self.how)
+            sys.exit(self.how)
+        time.sleep(600)
+        return super().forward(y_a, y_b)
+
+
+@pytest.mark.parametrize(
+    ("how", "alone", "told"),
+    [
+        (-signal.SIGKILL, True, "rank 0 of 1 was ended by SIGKILL"),
+        pytest.param(-signal.SIGKILL, False, "rank 1 of 2 was ended by SIGKILL", marks=pytest.mark.slow),
+        pytest.param(3, False, "rank 1 of 2 ended with status 3", marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_dies_ends_the_command(
+    how: int, alone: bool, told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["verify.loss=tests.test_verify:Dying", f"verify.arguments=[how={how},alone={str(alone).lower()}]"]
+    assert verify.main([*arguments, "verify.ranks=[2]", "verify.images=8"]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    (line,) = (line for line in lines if line.startswith("error:"))
+    assert told in line and "fewer verify.ranks" in line
+    (died,) = (float(line.split()[2]) for line in lines if line.startswith("died at"))
+    assert time.time() - died < 20, "and not when the other rank gives up, after minutes"
 
 
 def test_a_config_agrees_and_the_stamp_says_so(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
