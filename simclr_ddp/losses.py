@@ -369,7 +369,7 @@ def _tile_kernel(log_kernel: LogKernel | PDistance) -> tiled.TileKernel:
         return tiled.Power(numbers["temperature"], 2.0, 0.0)
     if of in (laplacian, exponential):
         return tiled.Power(numbers["temperature"], numbers.get("gamma", 1.0), 1e-6 * numbers["squared_radius"])
-    return tiled.Elementwise(log_kernel)
+    return tiled.Elementwise(log_kernel, shifts=of is not arccos)  # the mixtures are of distances
 
 
 def _parts(objective: Objective) -> tuple[LogKernel, LogKernel]:

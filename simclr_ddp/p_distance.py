@@ -31,7 +31,7 @@ class PDistance:
     floor        least distance for γ < 2, above 0
     """
 
-    distances, scale, keeps, vectors = True, 1.0, False, True
+    distances, shifts, scale, keeps, vectors = True, False, 1.0, False, True
 
     def __init__(self, temperature: float, gamma: float, p: float, floor: float) -> None:
         self.temperature, self.gamma, self.p = temperature, gamma, p

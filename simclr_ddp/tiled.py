@@ -177,13 +177,15 @@ class Vectors(NamedTuple):
 class TileKernel(Protocol):
     """A kernel as it is computed on tiles.
 
-    distances  it depends on differences of vectors alone
+    distances  it depends on differences of vectors alone, and its slopes leave that to whoever adds up the gradient
+    shifts     it depends on differences of vectors alone: with their mean taken off, near ones keep their digits
     scale      factor of all slopes, left out of them
     keeps      slopes come as one tile, fit to be kept
     vectors    the slope turns S into its part of the gradient in the rows [n, D] and in the columns [m, D] instead
     """
 
     distances: bool
+    shifts: bool
     scale: float
     keeps: bool
     vectors: bool
@@ -201,7 +203,7 @@ class TileKernel(Protocol):
 class Cosine:
     """log k = scale a·b"""
 
-    distances, keeps, vectors = False, True, False
+    distances, shifts, keeps, vectors = False, False, True, False
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -218,18 +220,20 @@ class Cosine:
 class Power:
     """log k = -|a-b|^γ / τ. For γ < 2 distances count as at least √floor, and closer pairs have no gradient."""
 
-    distances, keeps, vectors = True, True, False
+    distances, shifts, keeps, vectors = True, True, True, False
 
     def __init__(self, temperature: float, gamma: float, floor: float) -> None:
         self.gamma, self.floor = gamma, floor if gamma < 2 else 0.0
-        self.unit = (LOG2_E / temperature) ** (2 / gamma)  # x = unit |a-b|² and log2 k = -x^(γ/2)
-        self.scale = gamma * self.unit / LOG2_E  # d log k / d a·b = scale x^(γ/2 - 1)
+        # x = unit |a-b|² and log2 k = -outer x^(γ/2); all in the unit, unless that leaves float32's exponents.
+        exponent = 2 / gamma * math.log2(LOG2_E / temperature)
+        self.unit, self.outer = (2**exponent, 1.0) if abs(exponent) < 60 else (1.0, LOG2_E / temperature)
+        self.scale = gamma * self.unit * self.outer / LOG2_E  # d log k / d a·b = scale x^(γ/2 - 1)
 
     def largest(self, radius: float) -> float:
-        return (self.unit * 4 * radius**2) ** (self.gamma / 2)
+        return self.outer * (self.unit * 4 * radius**2) ** (self.gamma / 2)
 
     def tile(self, rows: Vectors, columns: Vectors, own: Sequence[int], out: Tensor) -> tuple[Tensor, Slope]:
-        unit = -self.unit if self.gamma == 2 else self.unit
+        unit = -self.unit * self.outer if self.gamma == 2 else self.unit
         torch.add(rows.squares[:, None] * unit, columns.squares * unit, out=out)
         out.addmm_(rows.z, columns.z.mT, alpha=-2 * unit)
         if self.gamma == 2:
@@ -239,12 +243,12 @@ class Power:
         near = out <= self.floor * unit if out.amin() <= self.floor * unit else None  # hardly ever
         if near is not None:
             out.clamp_(min=self.floor * unit)
-        if self.gamma == 1:  # x^(γ/2 - 1) is -1 / log2 k, and needs no memory
+        if self.gamma == 1 and self.outer == 1:  # x^(γ/2 - 1) is -1 / log2 k, and needs no memory
             out.sqrt_().neg_()
             _fill_own(out, own, EXCLUDED)
             return out, lambda s: (_without(s.div_(out).neg_(), near), None)
         power = out.pow(self.gamma / 2 - 1)
-        out.mul_(power).neg_()
+        out.mul_(power).mul_(-self.outer)
         _fill_own(out, own, EXCLUDED)
         return out, lambda s: (_without(s.mul_(power), near), None)
 
@@ -258,8 +262,8 @@ class Elementwise:
 
     distances, scale, keeps, vectors = False, 1.0, False, False
 
-    def __init__(self, log_kernel: LogKernel) -> None:
-        self.log_kernel = log_kernel
+    def __init__(self, log_kernel: LogKernel, shifts: bool) -> None:
+        self.log_kernel, self.shifts = log_kernel, shifts
 
     def largest(self, radius: float) -> float:
         return math.inf
@@ -296,7 +300,7 @@ class _LogSums(torch.autograd.Function):
         ctx.save_for_backward(z, z_all)
         ctx.symmetric, ctx.problem, ctx.kernels = symmetric, problem, _triton(z, problem)
         if ctx.kernels is not None:
-            ctx.sums = ctx.kernels.forward(z, z_all, problem)
+            ctx.sums = ctx.kernels.forward(*_shifted(z, z_all, symmetric, problem.kernel), problem)
             return ctx.sums / LOG2_E
         work = _Pairs(z, z_all, symmetric, problem)
         sums, ctx.kept = work.log_sums(any(ctx.needs_input_grad))
@@ -318,7 +322,8 @@ class _LogSums(torch.autograd.Function):
 
         if ctx.kernels is not None:
             columns_too = ctx.needs_input_grad[1]
-            both = ctx.kernels.backward(z, z_all, ctx.sums, gradient, ctx.problem, ctx.symmetric, columns_too)
+            shifted = _shifted(z, z_all, ctx.symmetric, ctx.problem.kernel)
+            both = ctx.kernels.backward(*shifted, ctx.sums, gradient, ctx.problem, ctx.symmetric, columns_too)
             return *both, None, None
         if ranks is not None:
             gradient = ranks.all_rows(gradient.view(2, -1)).flatten()
@@ -327,6 +332,7 @@ class _LogSums(torch.autograd.Function):
         if (gradient < 0).any():
             rows_less, columns_less = work.gradients(ctx.sums, (-gradient).clamp(min=0), ctx.kept)
             rows, columns = rows - rows_less, columns - columns_less
+        ctx.kept = []  # the loss may live on; a second pass computes them again
         if ranks is not None:
             rows = ranks.sum(rows)
         return work.own(rows).view(z.shape), columns.view(z_all.shape) if ctx.needs_input_grad[1] else None, None, None
@@ -348,13 +354,23 @@ def _triton(z: Tensor, problem: Problem) -> ModuleType | None:
     return triton_log_sums
 
 
+def _shifted(z: Tensor, z_all: Tensor, symmetric: bool, kernel: TileKernel) -> tuple[Tensor, Tensor]:
+    """Both less the mean of all, if the kernel does not see it: |a|² + |b|² - 2 a·b then loses fewer digits."""
+    if not kernel.shifts:
+        return z, z_all
+    centre = z_all.mean(dim=(-3, -2), keepdim=True)
+    columns = z_all - centre
+    return columns if symmetric else z - centre, columns
+
+
 class _Pairs:
     """The tiles of a problem and what they are made of."""
 
     def __init__(self, z: Tensor, z_all: Tensor, symmetric: bool, problem: Problem) -> None:
         ranks = problem.ranks
         self.problem, self.symmetric = problem, symmetric or ranks is not None
-        self.z, self.z_all = z_all if ranks is not None else z, z_all
+        rows = z_all if ranks is not None else z
+        self.z, self.z_all = _shifted(rows, z_all, self.symmetric, problem.kernel)
         self.batch, self.total = z.shape[-2], z_all.shape[-2]
         share = (ranks.index, ranks.count) if ranks is not None else (0, 1)
         first = 0 if self.symmetric else problem.first

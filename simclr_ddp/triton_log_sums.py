@@ -151,7 +151,7 @@ def gradient(rows: Side, columns: Side, kernel: TileKernel, precision: str, shap
 
 
 def _known(kernel: TileKernel) -> bool:
-    return type(kernel) in (Cosine, Power)
+    return type(kernel) is Cosine or (type(kernel) is Power and kernel.outer == 1)
 
 
 def _shape(width: int) -> Shape:

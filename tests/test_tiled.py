@@ -147,6 +147,38 @@ def test_pairs_within_the_floor_have_no_gradient(objective: Objective, small_til
     agree(y, objective)
 
 
+@pytest.mark.parametrize("width", [6, 64])
+@pytest.mark.parametrize("kernel", ["gaussian", "laplacian", "exponential", "simple_sum", "concat_sum"])
+def test_nearly_collapsed_embeddings_keep_their_gradient(kernel: str, width: int) -> None:
+    """Vectors 0.003 apart: in float32 their squares and products agree in all but two digits."""
+    y = 3.0 + 0.003 * views(48, width)
+    objective = Objective(kernel, 0.1, gamma=1.5)
+    exact, exact_gradient = loss_and_gradient(y, objective, plain)
+    value, gradient = loss_and_gradient(y.float(), objective)
+    assert value.item() == pytest.approx(exact.item(), rel=1e-5)
+    assert (gradient - exact_gradient).norm() <= 1e-3 * exact_gradient.norm()
+
+
+@pytest.mark.parametrize(("gamma", "temperature"), [(0.05, 0.1), (0.01, 0.1), (0.01, 3.0), (1.0, 1e-8), (0.5, 1e15)])
+def test_powers_beyond_the_exponents_of_float32(gamma: float, temperature: float) -> None:
+    objective = Objective("exponential", temperature, gamma=gamma)
+    exact, exact_gradient = loss_and_gradient(views(11), objective, plain)
+    wide = temperature < 1e-6  # one rounding of a distance in float32 is many units of the exponent
+    value, gradient = loss_and_gradient(views(11) if wide else views(11).float(), objective)
+    assert value.item() == pytest.approx(exact.item(), rel=1e-4)
+    assert (gradient - exact_gradient).norm() <= 1e-3 * exact_gradient.norm() + 1e-12
+
+
+def test_the_backward_pass_frees_what_was_kept() -> None:
+    z = normalize(views(11)).requires_grad_()
+    problem = tiled.Problem(tiled.Cosine(10.0), lambda z, z_all: z, 0, "fp32", None)
+    sums = tiled.log_sums(z, z, problem)
+    (first,) = torch.autograd.grad(sums.sum(), z, retain_graph=True)
+    assert sums.grad_fn.kept == []  # type: ignore[union-attr]
+    (again,) = torch.autograd.grad(sums.sum(), z)
+    torch.testing.assert_close(again, first, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("kernel", ["cosine", "gaussian", "laplacian"])
 def test_no_row_underflows_beside_a_near_one(kernel: str, small_tiles: None) -> None:
     """Pairs of one image's copies are 2^280 times the others: one shift for all rows would leave those nothing."""

@@ -40,7 +40,7 @@ def worst(found: dict[str, float], *names: str) -> float:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_equals_float64(name: str, case: str, errors: Errors) -> None:
-    assert worst(errors[f"{name}: {case}"]) < 2e-6
+    assert worst(errors[f"{name}: {case}"]) < 4e-6
 
 
 @needs_triton
@@ -55,20 +55,20 @@ def test_equals_float64_at_low_temperature(name: str, case: str, errors: Errors)
 @pytest.mark.parametrize("name", ["cosine", "laplacian"])
 def test_many_blocks_and_widths(name: str, errors: Errors) -> None:
     for case in ("100 images, width 100", "17 images, width 300", "blocks"):
-        assert worst(errors[f"{name}: {case}"]) < 2e-6
+        assert worst(errors[f"{name}: {case}"]) < 4e-6
 
 
 @needs_triton
 @pytest.mark.parametrize("name", ["cosine", "laplacian"])
 def test_bf16_rounds_the_products_of_the_gradient_alone(name: str, errors: Errors) -> None:
     found = errors[f"{name}: bf16"]
-    assert found["loss"] < 2e-6 and 1e-5 < found["gradient"] < 3e-3
+    assert found["loss"] < 4e-6 and 1e-5 < found["gradient"] < 3e-3
 
 
 @needs_triton
 @pytest.mark.parametrize("name", ["laplacian", "gamma 3.0"])
 def test_pairs_within_the_floor(name: str, errors: Errors) -> None:
-    assert worst(errors[f"{name}: near pairs"]) < 2e-6
+    assert worst(errors[f"{name}: near pairs"]) < 4e-6
 
 
 @needs_triton
