@@ -4,6 +4,7 @@ A drop-in for any training loop, with or without DistributedDataParallel.
 """
 
 import math
+from collections.abc import Callable
 from functools import reduce
 
 import torch
@@ -35,6 +36,11 @@ class _Ranks:
     def sum(self, values: Tensor) -> Tensor:
         distributed.note("the sum of the loss's gradient")
         return distributed.all_sum(values)
+
+
+def _constant(z: Tensor) -> Tensor:
+    """[2, n, d] of this rank -> [2, N, d] of all ranks, without a gradient."""
+    return torch.cat(distributed.of_all(z), dim=1)
 
 
 class KernelInfoNCE(nn.Module):
@@ -94,6 +100,9 @@ class KernelInfoNCE(nn.Module):
         averages gradients, value and gradient are those of one process with all N = n * world_size images. Computed
         in at least float32, also under autocast.
         """
+        if self.objective.kernel == "spectral":  # its gradient goes through all ranks' embeddings
+            z, z_all, first = self._gathered(y_a, y_b, distributed.gather)
+            return contrastive_loss(z, z_all, first, self.objective)
         z, z_all, first = self._gathered(y_a, y_b)
         return contrastive_loss(z, z_all, first, self.objective, _Ranks() if z_all is not z else None)
 
@@ -122,10 +131,12 @@ class KernelInfoNCE(nn.Module):
         positive, negative = kernel(dot, square).tolist()
         return math.log1p((2 * global_batch_size - 2) * math.exp(negative - positive))
 
-    def _gathered(self, y_a: Tensor, y_b: Tensor) -> tuple[Tensor, Tensor, int]:
+    def _gathered(
+        self, y_a: Tensor, y_b: Tensor, gather: Callable[[Tensor], Tensor] = _constant
+    ) -> tuple[Tensor, Tensor, int]:
         if y_a.shape != y_b.shape or y_a.dim() != 2:
             raise ValueError(f"two equal shapes [n, d] are wanted, got {tuple(y_a.shape)} and {tuple(y_b.shape)}")
         with torch.autocast(y_a.device.type, enabled=False):
             z = normalize(torch.stack([y_a, y_b]), self.objective.squared_radius, self.objective.norm_p)
-        z_all = z if distributed.world_size() == 1 else torch.cat(distributed.of_all(z), dim=1)
+        z_all = z if distributed.world_size() == 1 else gather(z)
         return z, z_all, distributed.own_slice(z_all.shape[1]).start

@@ -1,12 +1,13 @@
-"""Log-sums of a kernel over every anchor's negatives, one tile of pairs at a time: no 2N x 2N matrix anywhere.
+"""Log-sums of a kernel over every anchor's negatives, one tile of pairs at a time, in memory that grows with N.
 
 With k the kernel, and negatives of m the views of the images other than m's,
 
     log-sum   A_m = log Σ_{negatives j of m} k(z_m, z_j)
     gradient  Σ_m g_m ∂A_m = Σ_{pairs m, j} S_mj ∂log k(z_m, z_j)     S_mj = g_m exp(log k - A_m) + g_j exp(log k - A_j)
 
-The forward pass keeps A, the backward pass computes the tiles again. Where the anchors are the whole batch, a pair is
-in one tile, on or above the diagonal, which serves its row and its column. Ranks share these tiles out evenly.
+The forward pass keeps A, and of small batches the tiles (40 MiB at most); of others the backward pass computes them
+again. Where the anchors are the whole batch, a pair is in one tile, on or above the diagonal, which serves its row and
+its column. Ranks share these tiles out evenly.
 
 Tiles hold log2 k: exp2 is three times as fast as exp, and no slower where it underflows. Where the lengths of the
 vectors bound log2 k to a range well within float32's exponents, sums are of k itself, one exponential a pair. Else, at
@@ -328,9 +329,10 @@ class _LogSums(torch.autograd.Function):
         if ranks is not None:
             gradient = ranks.all_rows(gradient.view(2, -1)).flatten()
         work = _Pairs(z, z_all, ctx.symmetric, ctx.problem)
-        rows, columns = work.gradients(ctx.sums, gradient.clamp(min=0), ctx.kept)
+        columns_too = ctx.needs_input_grad[1]
+        rows, columns = work.gradients(ctx.sums, gradient.clamp(min=0), ctx.kept, columns_too)
         if (gradient < 0).any():
-            rows_less, columns_less = work.gradients(ctx.sums, (-gradient).clamp(min=0), ctx.kept)
+            rows_less, columns_less = work.gradients(ctx.sums, (-gradient).clamp(min=0), ctx.kept, columns_too)
             rows, columns = rows - rows_less, columns - columns_less
         ctx.kept = []  # the loss may live on; a second pass computes them again
         if ranks is not None:
@@ -410,8 +412,8 @@ class _Pairs:
                     torch.logaddexp2(sums[where], total.log2_().add_(most.view(-1)), out=sums[where])
         return sums.log2_() if direct else sums, kept
 
-    def gradients(self, sums: Tensor, upstream: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Those of Σ upstream · sums, upstream at least 0, in the rows and, unless symmetric, in the columns."""
+    def gradients(self, sums: Tensor, upstream: Tensor, kept: list[Tensor], columns_too: bool) -> tuple[Tensor, Tensor]:
+        """Those of Σ upstream · sums, upstream at least 0, in the rows and, unless symmetric, the columns if wanted."""
         kernel, symmetric = self.problem.kernel, self.symmetric
         narrow = self.problem.precision == "bf16" and self.z_all.dtype == torch.float32
         centre = self.z_all.mean(dim=(-3, -2)) if narrow else None  # less is lost of what the vectors have in common
@@ -443,12 +445,12 @@ class _Pairs:
                 if kernel.vectors:
                     assert on_squares is not None
                     in_rows.products[tile.rows] += on_dots
-                    if tile.mirrored or not symmetric:
+                    if tile.mirrored or (columns_too and not symmetric):
                         in_columns.products[tile.columns] += on_squares
                     continue
                 rounded = on_dots.bfloat16() if narrow else on_dots
                 in_rows.add(tile.rows, on_dots, rounded, on_squares, other.factors, -1)
-                if tile.mirrored or not symmetric:
+                if tile.mirrored or (columns_too and not symmetric):
                     in_columns.add(tile.columns, on_dots, rounded.mT, on_squares, part.factors, -2)
         total = in_rows.total()
         return total, total if symmetric else in_columns.total()

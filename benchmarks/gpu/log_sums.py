@@ -197,7 +197,7 @@ def plain(z: Tensor, upstream: Tensor, *, kernel: tiled.TileKernel, tile: int) -
     try:
         work = tiled._Pairs(z, z, True, tiled.Problem(kernel, lambda a, b: a, 0, "fp32", None))
         sums, kept = work.log_sums(True)
-        return sums, work.gradients(sums, upstream, kept)[0].view(z.shape)
+        return sums, work.gradients(sums, upstream, kept, False)[0].view(z.shape)
     finally:
         tiled.TILE = before
 
