@@ -2,7 +2,8 @@
 
 SLURM sends its warning (USR1: the time limit or a preemption comes), or SIGTERM, to the tasks of the job. The command
 saves and ends with status 75; the task then ends with 0 and leaves a note, on which the batch script queues the
-job again (see launch.slurm). The handler of the signals only remembers them and passes them on.
+job again (see launch.slurm). The handler of the signals only remembers them and passes the first of them on, since a
+second would cut off a slow save.
 
 A node that SLURM gives up, as its daemon there does not answer, may still run its ranks when the job starts again. A
 start therefore says that it is the newest, at which the ranks of the one before save and end, and waits for them.
@@ -11,6 +12,7 @@ start therefore says that it is the newest, at which the ranks of the one before
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,14 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from submitit.helpers import TorchDistributedEnvironment
-
 from launch import meeting
 
 WATCH = 5.0  # seconds between two looks at whether the job has started again elsewhere
 SAVING = 60.0  # seconds that a command then has to save
 PAUSED = 75  # exit status of a command that was told to stop, and has saved
 REQUEUED = "scontrol requeue"  # SIGTERM alone; if the batch script survives it, it was a preemption
+NOT_MET = "told to stop before the ranks had met"
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,13 @@ def run(job: Job) -> None:
 
     def handle(number: int, _: object) -> None:
         told.append(number)
-        for process in child:
+        for process in child if len(told) == 1 else []:
             process.send_signal(signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, handle)
+    from submitit.helpers import TorchDistributedEnvironment
+
     began, start = time.monotonic(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     os.environ.pop("MASTER_PORT", None)  # of the shell that submitted; submitit's is a function of the job's id
     ranks = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
@@ -70,25 +73,38 @@ def run(job: Job) -> None:
             _check_gpus(job.gpus, node)
         _meet(job, ranks, job.folder / f"{job_id}-{start}.address", lambda: bool(told))
     except ConnectionAbortedError:
-        return _pause(note, "told to stop before the ranks had met", main)
+        noted = _read(note)
+        _pause(note, NOT_MET, main)  # first, as little time may be left
+        if main:
+            _record_start(job, job_id, start, list(ranks._job_env.hostnames), _reason(noted, job_id, start))
+        return None
     except (OSError, ValueError) as error:
         _fail(str(error), 1)
     before = _read(job.progress)
     if main:
-        _record_start(job, job_id, start, list(ranks._job_env.hostnames), _reason(note, job_id, start))
+        noted = _read(note)
+        note.unlink(missing_ok=True)
+        _record_start(job, job_id, start, list(ranks._job_env.hostnames), _reason(noted, job_id, start))
     child.append(subprocess.Popen([sys.executable, "-m", *job.command]))
     if told:
         child[0].send_signal(signal.SIGTERM)
     status = _wait(child[0], newest, start) if ranks.local_rank == 0 else child[0].wait()
     if status == PAUSED or (told and status):
         limit = signal.SIGUSR1 in told and time.monotonic() - began > job.time_limit - job.warning - 60
-        if limit and main and _read(job.progress) == before:
+        # Only a run of pretrain says how far it has come; another command that ends with PAUSED is believed.
+        stands = _read(job.progress) == before and (status != PAUSED or job.command[0] == "simclr_ddp.pretrain")
+        if limit and main and stands:
             _fail(f"the time limit, minutes={job.time_limit / 60:.0f}, came before anything was saved: raise it", 1)
         reason = "time limit" if limit else "preemption" if signal.SIGUSR1 in told else REQUEUED
         return _pause(note, reason, main)
     if status:
         _fail(f"rank {ranks.rank} on {node}: {job.command[0]} ended with status {status}", max(status, 1))
     return None
+
+
+def is_own_error(line: str) -> bool:
+    """Whether that line of a log is only this module's word that a command has failed, which says why itself."""
+    return re.match(r"error: rank \d+ on \S+: \S+ ended with status -?\d+$", line.strip()) is not None
 
 
 def _wait(child: subprocess.Popen[bytes], newest: Path, start: int) -> int:
@@ -159,10 +175,8 @@ def _record_start(job: Job, job_id: str, start: int, nodes: list[str], after: st
         file.write(json.dumps(line) + "\n")
 
 
-def _reason(note: Path, job_id: str, start: int) -> str:
-    """Why the start before this one ended."""
-    noted = _read(note)
-    note.unlink(missing_ok=True)
+def _reason(noted: str, job_id: str, start: int) -> str:
+    """Why the start before this one ended; `noted` is what that one has left."""
     if start == 0:
         return "submission"
     asked = ["sacct", "-X", "-n", "-P", "--duplicates", "-o", "State", "-j", job_id]
@@ -178,7 +192,8 @@ def _reason(note: Path, job_id: str, start: int) -> str:
 def _pause(note: Path, reason: str, main: bool) -> None:
     if main:
         note.write_text(reason)
-        print(f"paused ({reason}): the job is queued again", flush=True)
+        why = f"{REQUEUED} or scancel" if reason == REQUEUED else reason
+        print(f"paused ({why}): unless it was cancelled, the job is queued again", flush=True)
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -73,31 +74,53 @@ class Plan:
     command: list[str]  # as the user gave it
     run_dir: Path
     folder: Path  # of logs, snapshots and notes
-    files: dict[Path, bytes]  # of the snapshot
-    code: Path  # where that goes
+    files: dict[Path, bytes]  # of the code
+    code: Path  # where they go, as they are now
+    configs: dict[Path, bytes]  # config files of the command
+    config: Path  # where these go, always in `folder`
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    cut = arguments.index("--") if "--" in arguments else _command_begins(arguments)
     own, command = arguments[:cut], arguments[cut + 1 :]
+    forgotten = "--" not in arguments and cut < len(arguments)
     again = shlex.join(["python", "-m", "launch.slurm", *arguments])
 
     def launch(settings: Slurm) -> int:
+        if forgotten:
+            words = shlex.join(arguments[cut:])
+            raise ValueError(f"{arguments[cut]} is no option: `--` goes before the command, as in `-- {words}`")
         return _launch(settings, command, {a for a in own if a in FLAGS}, again)
 
     return cli.run(launch, Slurm, "[CONFIG.yaml]", __doc__ or "", own, FLAGS)
 
 
+def _command_begins(arguments: list[str]) -> int:
+    """Where, without a `--`, a command seems to begin: at what is no option, no flag and no file."""
+    words = (i for i, a in enumerate(arguments) if not a.startswith("-") and "=" not in a)
+    return next((i for i in words if not arguments[i].endswith((".yaml", ".yml"))), len(arguments))
+
+
 def _launch(settings: Slurm, command: list[str], flags: set[str], again: str) -> int:
-    _check_settings(settings)
+    check_settings(settings)
+    if "--local" in flags and len(flags) > 1:
+        raise ValueError(f"--local with {', '.join(sorted(flags - {'--local'}))}: --local starts no job; leave one out")
     if "--print-sbatch" in flags:
+        for name in ("container", "srun"):
+            if value := getattr(settings, name):
+                raise ValueError(
+                    f"{name}={value} is not in the script of --print-sbatch: leave {name} out and add it to srun's "
+                    "line there, or submit without --print-sbatch"
+                )
         ranks, exports = tasks_per_node(settings), chosen_variables(settings)
         cli.say(template.text(settings, command or ["simclr_ddp.pretrain", "CONFIG.yaml"], ranks, exports))
         return 0
     plan = make_plan(command)
     if "--local" in flags:
         return _run_here(settings, plan)
+    if importlib.util.find_spec("submitit") is None:
+        raise ValueError("submitit is not installed: pip install '.[slurm]' adds it; --local does without")
     if "--dry-run" in flags:
         cli.say(script(settings, [plan]))
         return 0
@@ -118,18 +141,14 @@ def make_plan(command: list[str], code: dict[Path, bytes] | None = None) -> Plan
     """
     if not command:
         raise ValueError("no command: write `-- simclr_ddp.pretrain configs/pretrain/NAME.yaml` after the options")
-    try:
-        known = importlib.util.find_spec(command[0]) is not None
-    except (ImportError, ValueError):
-        known = False
-    if not known:
+    if not _is_command(command[0]):
         raise ValueError(f"{command[0]} is no command: simclr_ddp.pretrain is one, without `python -m` before it")
     run_dir = _run_dir(command).absolute()
     if {"%", "\\"} & set(str(run_dir)) or not str(run_dir).isprintable():
         raise ValueError(f"run_dir={run_dir} holds a character that SLURM can't have in the names of logs")
-    files = snapshot.collect(command, code)
-    folder = run_dir / "slurm"
-    return Plan(command, run_dir, folder, files, folder / f"code-{snapshot.digest(files)}")
+    files, configs, folder = code or snapshot.sources(), snapshot.configs(command), run_dir / "slurm"
+    names = (f"code-{snapshot.digest(files)}", f"config-{snapshot.digest(configs)}")
+    return Plan(command, run_dir, folder, files, folder / names[0], configs, folder / names[1])
 
 
 def tasks_per_node(settings: Slurm) -> int:
@@ -197,8 +216,8 @@ def submit(settings: Slurm, plan: Plan) -> str:
 def submit_array(settings: Slurm, plans: list[Plan], at_once: int) -> str:
     """Queue one array; its id, ARRAY. Raises as `submit` does.
 
-    plans    task I, the job ARRAY_I, is plans[I], with its own run directory, logs and starts, and is queued again on
-             its own; equal code lies in the first's folder, to which the other folders have links
+    plans    task I, the job ARRAY_I, is plans[I], with its own run directory, config file, logs and starts, and is
+             queued again on its own; equal code lies in the first's folder, to which the other folders have links
     at_once  so many tasks run at the same time, at most
     """
     if not plans or at_once < 1:
@@ -220,9 +239,8 @@ def _submit(settings: Slurm, plans: list[Plan], at_once: int = 0) -> str:
     own, plans = plans, _sharing(plans)
     for before, plan in zip(own, plans, strict=True):
         plan.folder.mkdir(parents=True, exist_ok=True)
-        if before.code == plan.code:
-            snapshot.write(plan.files, plan.code)
-        else:
+        _write_copies(plan)
+        if before.code != plan.code:
             snapshot.link(before.code, plan.code)
     executor = submitit.SlurmExecutor(plans[0].folder)
     executor.update_parameters(**parameters(settings, plans, at_once))
@@ -246,6 +264,13 @@ def _submit(settings: Slurm, plans: list[Plan], at_once: int = 0) -> str:
     return queued
 
 
+def _write_copies(plan: Plan) -> None:
+    """What the job runs."""
+    snapshot.write(plan.files, plan.code)
+    if plan.configs:
+        snapshot.write(plan.configs, plan.config)
+
+
 def _sharing(plans: list[Plan]) -> list[Plan]:
     """The plans, of which those with equal code have it in the folder of the first of them."""
     first: dict[str, Path] = {}
@@ -255,7 +280,7 @@ def _sharing(plans: list[Plan]) -> list[Plan]:
 def describe(settings: Slurm, plan: Plan) -> job.Job:
     """What the job's tasks are told."""
     return job.Job(
-        command=snapshot.from_snapshot(plan.command, plan.code),
+        command=snapshot.with_copies(plan.command, plan.config),
         folder=plan.folder,
         progress=plan.run_dir / "checkpoints" / "latest",
         lock=plan.run_dir / ".lock",
@@ -292,6 +317,8 @@ def state(job_id: str) -> tuple[str, int]:
     found = re.search(r"JobState=(\w+).* ExitCode=(\d+):(\d+)", shown.stdout)
     if found is None and "Invalid job id" in shown.stderr:
         asked = ["sacct", "-X", "-n", "-P", "-o", "State,ExitCode", "-j", job_id]
+        if shutil.which(asked[0]) is None:  # a cluster without accounting
+            return "UNKNOWN", 1
         shown = subprocess.run(asked, capture_output=True, text=True, check=False)
         found = re.search(r"(\w+).*\|(\d+):(\d+)", shown.stdout)
         if found is None:
@@ -320,16 +347,36 @@ def _run_here(settings: Slurm, plan: Plan) -> int:
     if settings.nodes > 1:
         cli.say(f"nodes={settings.nodes}: one node's {ranks} ranks run here, which train the same run")
     plan.folder.mkdir(parents=True, exist_ok=True)
-    snapshot.write(plan.files, plan.code)
-    arguments = snapshot.from_snapshot(plan.command, plan.code)
+    _write_copies(plan)
+    arguments = snapshot.with_copies(plan.command, plan.config)
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else []
     environment = os.environ | variables(settings, plan)
     process = subprocess.Popen([sys.executable, "-m", *launcher, *arguments], env=environment)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the command has it from the terminal, too, and saves
-            continue
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda *_: process.terminate()) for number in numbers}
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the command has it from the terminal, too, and saves
+                continue
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_command(module: str) -> bool:
+    """Whether `python -m` would do something with it."""
+    try:
+        found = importlib.util.find_spec(module)
+        if found is not None and found.submodule_search_locations is not None:
+            found = importlib.util.find_spec(f"{module}.__main__")
+    except (ImportError, ValueError):
+        return False
+    if found is None or not found.origin or not found.origin.endswith(".py"):
+        return False
+    text = Path(found.origin).read_text(errors="replace")
+    return module != found.name or re.search(r"^(def main\(|if __name__ ==)", text, re.MULTILINE) is not None
 
 
 def _python(settings: Slurm) -> str:
@@ -348,7 +395,7 @@ def _run_dir(command: list[str]) -> Path:
     return Path("runs") / f"{module.rpartition('.')[2]}-{config.short_hash({'command': json.dumps(command)})}"
 
 
-def _check_settings(settings: Slurm) -> None:
+def check_settings(settings: Slurm) -> None:
     """ValueError for what could break out of the script that is written, or end the job at its start."""
     for field in fields(settings):
         value = getattr(settings, field.name)
@@ -358,6 +405,11 @@ def _check_settings(settings: Slurm) -> None:
     for pair in settings.environment:
         if not re.match(r"[A-Za-z_][A-Za-z0-9_]*=", pair):
             raise ValueError(f"environment={pair}: NAME=value is wanted")
+        if pair.startswith("PYTHONPATH="):
+            raise ValueError(
+                f"environment={pair} would hide the copy of the code that the job runs: export it in the shell that "
+                "submits, and it comes behind the copy"
+            )
     if settings.warning_seconds >= 60 * settings.minutes:
         raise ValueError(
             f"warning_seconds={settings.warning_seconds} is all of the time limit: less, or more minutes, is wanted"

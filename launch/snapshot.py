@@ -16,26 +16,25 @@ def sources() -> dict[Path, bytes]:
     return files | {Path("COMMIT"): _git("describe", "--always", "--dirty", "--abbrev=12")}
 
 
-def collect(arguments: list[str], code: dict[Path, bytes] | None = None) -> dict[Path, bytes]:
-    """{path within the snapshot: content} of the code, `sources()`, and of the config files among the arguments."""
-    files = sources() if code is None else code
-    return files | {copy: Path(arguments[i]).read_bytes() for i, copy in _configs(arguments).items()}
+def configs(arguments: list[str]) -> dict[Path, bytes]:
+    """{path of the copy: content} of the config files among the arguments."""
+    return {copy: Path(arguments[i]).read_bytes() for i, copy in _copies(arguments).items()}
 
 
-def from_snapshot(arguments: list[str], code: Path) -> list[str]:
-    """The arguments, with those that name config files naming their copies in the snapshot `code`."""
-    copies = _configs(arguments)
-    return [str(code / copies[i]) if i in copies else argument for i, argument in enumerate(arguments)]
+def with_copies(arguments: list[str], folder: Path) -> list[str]:
+    """The arguments, with those that name config files naming their copies in the folder."""
+    copies = _copies(arguments)
+    return [str(folder / copies[i]) if i in copies else argument for i, argument in enumerate(arguments)]
 
 
-def _configs(arguments: list[str]) -> dict[int, Path]:
-    """{position: path within the snapshot} of the arguments that are config files; the file's name is the run's."""
+def _copies(arguments: list[str]) -> dict[int, Path]:
+    """{position: path of the copy} of the arguments that are config files; the file's name is the run's."""
     paths = enumerate(map(Path, arguments))
-    return {i: Path("arguments", str(i), p.name) for i, p in paths if p.suffix in (".yaml", ".yml") and p.is_file()}
+    return {i: Path(str(i), p.name) for i, p in paths if p.suffix in (".yaml", ".yml") and p.is_file()}
 
 
 def digest(files: dict[Path, bytes]) -> str:
-    """Twelve digits that the same code has, and other code has not."""
+    """Twelve digits that the same files have, and other files have not."""
     total = sha256()
     for path, content in sorted(files.items()):
         total.update(f"{path} {len(content)}\n".encode() + content)

@@ -17,10 +17,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from launch import sweep_report
 from launch.space import label_of
 from launch.trials import LOG, SETTINGS, epoch_values, last_error
-from simclr_ddp import cli, config, run
+from simclr_ddp import checkpoint, cli, config, run
 from simclr_ddp.config import Pretrain, option
 from simclr_ddp.figures import WIDTH, save
 from simclr_ddp.metrics import read_metrics
@@ -75,7 +74,7 @@ def summarise(settings: Summary, folders: list[str]) -> None:
         out = Path(settings.out)
         out.mkdir(parents=True, exist_ok=True)
         for name, content in (("summary.md", text + "\n"), ("summary.csv", lines(runs))):
-            sweep_report.write_text(out / name, content)
+            _write_text(out / name, content)
             cli.say(f"wrote {out / name}")
         if table.cells:
             save(chart(table), out / "summary.png")
@@ -226,6 +225,10 @@ def chart(table: Pivot) -> Figure:
     if table.columns:
         axis.legend(fontsize=9, frameon=False)
     return figure
+
+
+def _write_text(path: Path, text: str) -> None:
+    checkpoint.replace_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def _values(written: list[dict[str, Any]]) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
 Each trial is a pretraining run in SWEEP_DIR/trials, a process of this machine or, with slurm=FILE.yaml, a SLURM job.
 What it draws depends on the seed and its number alone. Trials that fall behind are ended early, those that fail are
-recorded with their error. Stopped or killed, the same command goes on, and the trials with it. At the end, and so far
-at any time, SWEEP_DIR holds trials.csv, best.yaml (which pretrain takes), report.md and figures.
-Exit status: 0 finished, 75 stopped by a signal, trials saved, 1 no trial finished, 2 settings or data.
+recorded with their error. Stopped or killed, the same command goes on, and the trials with it, also with those whose
+jobs were cancelled. SWEEP_DIR holds trials.csv and best.yaml (which pretrain takes), new after each trial, and at the
+end, or when the sweep is stopped, report.md and figures.
+Exit status: 0 finished, 75 stopped by a signal or trials cut off, all saved, 1 no trial finished, 2 settings or data.
 """
 
 import shlex
@@ -17,8 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.trial import Trial, TrialState
+try:
+    import optuna
+    from optuna.trial import Trial, TrialState
+except ModuleNotFoundError:
+    print("error: optuna is not installed: pip install '.[sweep]' adds it", file=sys.stderr)
+    sys.exit(2)
 
 from launch import sweep_report
 from launch.journal import locked, open_study
@@ -32,6 +37,7 @@ from simclr_ddp.pretrain import PAUSED
 
 FLAGS = {"--dry-run": "check everything, print what each trial would be, and start nothing"}
 PATIENCE = 60.0  # seconds that a trial has to save before it is killed
+AGAIN = 3  # times that a trial which was cut off is started again, by one process of the sweep
 
 
 @dataclass
@@ -40,7 +46,10 @@ class Running:
 
     trial: Trial
     run_dir: Path
-    handle: Handle  # empty: nothing runs yet
+    handle: Handle  # empty: it waits to be started
+    seen: bool = False  # running, by this process of the sweep
+    again: int = 0  # times that it has been cut off since
+    left: bool = False  # to the next start of the sweep
     reported: set[int] = field(default_factory=set)  # epochs
     pruned: bool = False
     kill_at: float = 0.0  # on the monotonic clock
@@ -53,35 +62,37 @@ def main(argv: list[str] | None = None) -> int:
     def command(settings: Sweep) -> int:
         plan = make_plan(settings)
         check(settings, plan)
+        runner = make_runner(settings)
         if "--dry-run" in arguments:
             for number in range(plan.count):
                 cli.say(f"trial {number}: {shown(plan.drawn(number)[0])}")
             return 0
-        return sweep(settings, plan, again)
+        return sweep(settings, plan, runner, again)
 
     return cli.run(command, Sweep, "[CONFIG.yaml]", __doc__ or "", arguments, FLAGS)
 
 
-def sweep(settings: Sweep, plan: Plan, again: str) -> int:
+def sweep(settings: Sweep, plan: Plan, runner: Processes | Jobs, again: str) -> int:
     """Run the trials that are left, and write what came out; returns the exit status."""
     with locked(plan.sweep_dir), stop_signals() as told_to_stop:
         study = open_study(settings, plan)
-        runner = make_runner(settings)
         search = Search(settings, plan, study, runner)
         search.find_again()
-        while search.fill() and not told_to_stop():
+        while not told_to_stop() and search.fill():
             search.look()
             if search.running and not told_to_stop():
                 time.sleep(runner.POLL)
-        stopped = bool(search.running)
-        if stopped:
+        stopped = bool(search.running) or search.done < plan.count
+        if any(r.handle for r in search.running):
             search.stop()
         best = sweep_report.write(study, plan, settings.metric, last=True)
     if stopped:
         cli.say(f"stopped with {search.done} of {plan.count} trials done; go on: {again}")
         return PAUSED
     if best is None:
-        failed = next(t.user_attrs["error"] for t in study.trials if t.state == TrialState.FAIL)
+        failed = next(
+            (t.user_attrs["error"] for t in study.trials if t.state == TrialState.FAIL), "none, all fell behind"
+        )
         print(f"error: none of the trials finished; the first that failed: {failed}", file=sys.stderr, flush=True)
         return 1
     return 0
@@ -105,8 +116,8 @@ class Search:
         for frozen in self._study.get_trials(states=(TrialState.RUNNING,)):
             found = self._take(frozen.number, Trial(self._study, frozen._trial_id))
             found.handle = frozen.user_attrs.get("handle", {})
-            if isinstance(self._runner, Jobs) and not found.handle:
-                found.handle = queued(found.run_dir) or {}
+            if isinstance(self._runner, Jobs) and ("job" in found.handle or not found.handle):
+                found.handle = queued(found.run_dir) or found.handle
             if found.handle and ("job" in found.handle) != isinstance(self._runner, Jobs):
                 kind = f"SLURM job {found.handle['job']}" if "job" in found.handle else "process of a machine"
                 raise ValueError(f"trial {frozen.number} is a {kind}, slurm={self._settings.slurm}: go on as before")
@@ -115,30 +126,31 @@ class Search:
             cli.say(f"trial {frozen.number} {'still runs' if state is None else 'is taken up again'}: {found.run_dir}")
 
     def fill(self) -> bool:
-        """Start trials while there is room; whether any is left to wait for."""
-        new: list[Running] = []
-        together = bool(self._plan.axes) and isinstance(self._runner, Jobs)
-        while len(self._study.get_trials(deepcopy=False)) < self._plan.count and (
-            together or len(self.running) < self._at_once
-        ):
-            number = len(self._study.get_trials(deepcopy=False))
-            new.append(self._take(number, self._study.ask()))
-            self._write(new[-1])
+        """Start trials while there is room, those first that wait; whether any runs.
+
+        The waiting ones of a grid are one array of jobs if none runs, else jobs of their own as there is room.
+        """
+        grid = bool(self._plan.axes) and isinstance(self._runner, Jobs)
+        room = self._at_once - sum(bool(r.handle) for r in self.running)
+        waiting = [r for r in self.running if not r.handle and not r.left]
+        while (number := len(self._study.get_trials(deepcopy=False))) < self._plan.count:
+            if not grid and len(waiting) >= room:
+                break
+            waiting.append(self._take(number, self._study.ask()))
             cli.say(f"trial {number}: {shown(self._plan.drawn(number)[0])}")
-            if not together:
-                self._start(new[-1])
-        if new and isinstance(self._runner, Jobs) and together:
-            handles = self._runner.start_all([n.run_dir for n in new], self._settings.at_once)
-            for started, handle in zip(new, handles, strict=True):
-                started.handle = handle
-                started.trial.set_user_attr("handle", handle)
-        return bool(self.running)
+        if grid and room == self._at_once and len(waiting) > 1:
+            self._start_array(waiting)
+        else:
+            for r in waiting[: max(0, room)]:
+                self._start(r)
+        return any(r.handle for r in self.running)
 
     def look(self) -> None:
         """Report the epochs that have passed, end the trials that fall behind, record those that have ended."""
-        for r in list(self.running):
+        for r in [r for r in self.running if r.handle]:
             # First, so that no line of metrics can come after the last look at them.
-            ending = self._runner.ending(r.run_dir, r.handle) if r.handle else Ending("lost")
+            ending = self._runner.ending(r.run_dir, r.handle)
+            r.seen = r.seen or ending is None
             values = epoch_values(read_metrics(r.run_dir / "metrics.jsonl"), self._settings.metric)
             for epoch in sorted(values.keys() - r.reported):
                 if r.pruned and ending is None:
@@ -156,15 +168,16 @@ class Search:
 
     def stop(self) -> None:
         """Have the processes save and end; jobs go on by themselves."""
+        begun = [r for r in self.running if r.handle]
         if isinstance(self._runner, Jobs):
-            jobs = " ".join(r.handle["job"] for r in self.running if r.handle)
-            cli.say(f"the jobs of {len(self.running)} trials go on without the sweep; `scancel {jobs}` ends them")
+            jobs = " ".join(r.handle["job"] for r in begun)
+            cli.say(f"the jobs of {len(begun)} trials go on without the sweep; `scancel {jobs}` saves and ends them")
             return
-        cli.say(f"{len(self.running)} trials save and end")
-        for r in self.running:
+        cli.say(f"{len(begun)} trials save and end")
+        for r in begun:
             self._runner.stop(r.run_dir, r.handle)
         end = time.monotonic() + PATIENCE
-        while any(self._runner.ending(r.run_dir, r.handle) is None for r in self.running) and time.monotonic() < end:
+        while any(self._runner.ending(r.run_dir, r.handle) is None for r in begun) and time.monotonic() < end:
             time.sleep(0.1)
 
     def _take(self, number: int, trial: Trial) -> Running:
@@ -193,9 +206,37 @@ class Search:
         write_settings(self._plan.settings(r.trial.number, **own), r.run_dir)
 
     def _start(self, r: Running) -> None:
+        self._write(r)
         others = [other.handle for other in self.running if other.handle and other is not r]
-        r.handle = self._runner.start(r.run_dir, others)
-        r.trial.set_user_attr("handle", r.handle)
+        self._begun(r, self._runner.start(r.run_dir, others))
+        if isinstance(self._runner, Jobs):
+            job, number = r.handle["job"], r.trial.number
+            cli.say(f"trial {number}: job {job}, its log {r.run_dir}/slurm/{job}_0_log.out; cancel: scancel {job}")
+
+    def _start_array(self, waiting: list[Running]) -> None:
+        assert isinstance(self._runner, Jobs)
+        for r in waiting:
+            self._write(r)
+        at_once = min(self._at_once, len(waiting))
+        handles = self._runner.start_all([r.run_dir for r in waiting], at_once)
+        for r, handle in zip(waiting, handles, strict=True):
+            self._begun(r, handle)
+        array = handles[0]["job"].partition("_")[0]
+        logs = f"{self._plan.sweep_dir}/trials/*/slurm/{array}_*_0_log.out"
+        cli.say(f"{len(waiting)} trials: array {array}, {at_once} at once, logs {logs}; cancel: scancel {array}")
+
+    def _begun(self, r: Running, handle: Handle) -> None:
+        r.handle, r.seen = handle, True
+        r.trial.set_user_attr("handle", handle)
+
+    def _wait(self, r: Running, ending: Ending) -> None:
+        """Have a trial that was cut off started again: soon, or, cancelled or cut off often, with the next sweep."""
+        r.handle = {}
+        r.again += r.seen
+        r.left = r.again > AGAIN or (r.seen and "CANCELLED" in ending.error)
+        if r.left:
+            why = ending.error or f"it was cut off {r.again} times"
+            cli.say(f"trial {r.trial.number}: {why}; it is saved, and the next start of the sweep goes on with it")
 
     def _end_early(self, r: Running) -> None:
         """Tell it once, and kill it if it does not listen."""
@@ -204,7 +245,7 @@ class Search:
             r.kill_at = time.monotonic() + PATIENCE
 
     def _record(self, r: Running, ending: Ending, values: dict[int, float]) -> None:
-        """Put how the trial ended into the study, or start it again where it has not."""
+        """Put how the trial ended into the study, or have it started again where it has not."""
         last = max(values, default=0)
         if ending.state == "finished" and last:
             self._study.tell(r.trial, values[last])
@@ -214,8 +255,7 @@ class Search:
             self._study.tell(r.trial, state=TrialState.PRUNED)
             said = f"ended early, {self._settings.metric} {values.get(epoch, float('nan')):.4f} at epoch {epoch}"
         elif ending.state in ("paused", "lost"):
-            self._write(r)
-            self._start(r)
+            self._wait(r, ending)
             return
         else:
             error = ending.error or f"it finished without {self._settings.metric} in {r.run_dir}/metrics.jsonl"
@@ -241,10 +281,15 @@ def at_once(settings: Sweep, plan: Plan) -> int:
 
 def make_runner(settings: Sweep) -> Processes | Jobs:
     if settings.slurm:
-        from launch.slurm import Slurm
+        from launch.slurm import Slurm, check_settings
 
         read = {"name": settings.name} | config.read_yaml(settings.slurm)
-        return Jobs(config.build(Slurm, [(settings.slurm, read)]))
+        jobs: Slurm = config.build(Slurm, [(settings.slurm, read)])
+        try:
+            check_settings(jobs)
+        except ValueError as error:
+            raise ValueError(f"slurm={settings.slurm}: {error}") from error
+        return Jobs(jobs)
     if any(not device.isalnum() for device in settings.devices):
         raise ValueError(f"devices={settings.devices}: one device a trial is wanted, for example [0, 1]")
     return Processes(settings.devices)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +27,8 @@ Handle = dict[str, Any]
 
 
 class Ending(NamedTuple):
-    state: str  # finished, paused, failed, or lost: nobody saw how it ended
-    error: str = ""
+    state: str  # finished, failed, paused, or lost: cut off by something else, or nobody saw how it ended
+    error: str = ""  # or what cut it off
 
 
 def epoch_values(lines: Iterable[dict[str, Any]], metric: str) -> dict[int, float]:
@@ -112,6 +113,7 @@ class Jobs:
     """Trials as SLURM jobs, which queue themselves again until they are done."""
 
     POLL = 5.0
+    CUT_OFF = ("CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL")  # not by a fault of the trial
 
     def __init__(self, settings: Any) -> None:
         """settings: launch.slurm.Slurm"""
@@ -120,7 +122,8 @@ class Jobs:
     def start(self, run_dir: Path, others: list[Handle]) -> Handle:
         from launch import slurm
 
-        return {"job": slurm.submit(self._settings, slurm.make_plan(self._command(run_dir)))}
+        named = replace(self._settings, name=f"{self._settings.name}-{run_dir.name}")
+        return {"job": slurm.submit(named, slurm.make_plan(self._command(run_dir)))}
 
     def start_all(self, run_dirs: list[Path], at_once: int) -> list[Handle]:
         """All of them as one job array, of which so many run at once."""
@@ -139,9 +142,10 @@ class Jobs:
             return None
         if state in ("COMPLETED", "UNKNOWN"):
             return Ending("finished" if state == "COMPLETED" else "lost")
-        logs = sorted((run_dir / "slurm").glob(f"{handle['job']}_*log.out"))
-        told = [error for log in logs if (error := last_error(log))]
-        return Ending("failed", told[0] if told else f"its job {handle['job']} ended as {state}")
+        ended = f"its job {handle['job']} ended as {state}"
+        if state in self.CUT_OFF:
+            return Ending("lost", ended)
+        return Ending("failed", job_error(run_dir / "slurm", handle["job"]) or ended)
 
     def stop(self, run_dir: Path, handle: Handle, kill: bool = False) -> None:
         subprocess.run(["scancel", "-q", handle["job"]], check=False)
@@ -151,9 +155,28 @@ class Jobs:
 
 
 def queued(run_dir: Path) -> Handle | None:
-    """The handle of the newest job that was submitted for the run, where the sweep was killed before noting it."""
-    found = sorted((run_dir / "slurm").glob("[0-9]*_submission.sh"), key=lambda path: path.stat().st_mtime)
-    return {"job": found[-1].name.removesuffix("_submission.sh")} if found else None
+    """The handle of the newest job, or task of an array, that was submitted for the run.
+
+    The sweep may have been killed before noting it. A job without this file ends by itself, before it begins.
+    """
+    found = sorted((run_dir / "slurm").glob("[0-9]*_submitted.pkl"), key=lambda path: path.stat().st_mtime_ns)
+    return {"job": found[-1].name.removesuffix("_submitted.pkl")} if found else None
+
+
+def job_error(folder: Path, job_id: str) -> str:
+    """Why a job failed, by the logs of its ranks; empty if none says.
+
+    Of the last errors that each rank tells it is a cause, rather than that others have gone or that the command ended.
+    """
+    from launch.job import is_own_error
+
+    told = []
+    for log in sorted(folder.glob(f"{job_id}_*log.out")):
+        lines = log.read_text(errors="replace").splitlines()
+        own = [line for line in lines if not is_own_error(line)]
+        told += [(found, "lost the other ranks" in found) for found in [_last("\n".join(own), "error:")] if found]
+        told += [(found, True) for found in [_last("\n".join(lines), "error:")] if found]
+    return next((line for line, follows in told if not follows), told[0][0] if told else "")
 
 
 def last_error(log: Path) -> str:

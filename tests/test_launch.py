@@ -8,7 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import submitit
@@ -173,6 +176,14 @@ def test_a_task_of_an_array_runs_in_its_own_folder(tmp_path: Path) -> None:
         (["environment=[A]", "--", *ONE], "environment=A: NAME=value is wanted"),
         (["minutes=2", "--", *ONE], "warning_seconds=120 is all of the time limit"),
         (["gpus_per_node=2", "tasks_per_node=3", "--", *ONE], "each GPU is one rank"),
+        (["environment=['PYTHONPATH=/mine']", "--", *ONE], "PYTHONPATH=/mine would hide the copy of the code"),
+        (["--", "json", "x"], "json is no command"),
+        (["--", "simclr_ddp.config"], "simclr_ddp.config is no command"),
+        (ONE, "simclr_ddp.linear_eval is no option: `--` goes before the command, as in `-- simclr_ddp.linear_eval"),
+        (["--local", "--wait", "--", *ONE], "--local with --wait: --local starts no job; leave one out"),
+        (["--local", "--dry-run", "--", *ONE], "--local with --dry-run: --local starts no job"),
+        (["--print-sbatch", "container=image", "--", *ONE], "container=image is not in the script of --print-sbatch"),
+        (["--print-sbatch", "srun=[--mpi=pmix]", "--", *ONE], "srun=['--mpi=pmix'] is not in the script"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -184,6 +195,24 @@ def test_no_slurm_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert slurm.main(["--", *ONE]) == 2
     assert "no SLURM on this machine (sbatch is not there): --local runs" in only_error(capfd)
+
+
+def test_without_submitit(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert slurm.main(["--", *ONE]) == 2
+    assert "submitit is not installed: pip install '.[slurm]' adds it; --local does without" in only_error(capfd)
+    start = "import runpy, sys; sys.modules['submitit'] = None; runpy.run_module('launch.slurm', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", start, "--help"], cwd=processes.ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "gpus_per_node" in done.stdout, done
+
+
+def test_the_state_of_a_job_without_accounting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho Invalid job id specified >&2\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert slurm.state("7") == ("UNKNOWN", 1)
 
 
 @pytest.mark.parametrize(
@@ -211,17 +240,18 @@ def test_the_snapshot_holds_the_code_and_the_config(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("seed: 3\n")
     command = ["simclr_ddp.pretrain", "mine.yaml", "seed=1"]
     plan = slurm.make_plan(command)
-    snapshot.write(plan.files, plan.code)
+    plan.folder.mkdir(parents=True)
+    slurm._write_copies(plan)
     assert (plan.code / "simclr_ddp/pretrain.py").read_bytes() == (
         processes.ROOT / "simclr_ddp/pretrain.py"
     ).read_bytes()
     (tmp_path / "mine.yaml").write_text("seed: 4\n")
-    module, copy, override = snapshot.from_snapshot(plan.command, plan.code)
+    module, copy, override = snapshot.with_copies(plan.command, plan.config)
     assert (module, override) == ("simclr_ddp.pretrain", "seed=1")
     assert Path(copy).name == "mine.yaml" and Path(copy).read_text() == "seed: 3\n"
-    assert slurm.make_plan(command).code != plan.code, "other settings are another snapshot"
-    snapshot.write(plan.files, plan.code)  # again
-    assert len(list(plan.folder.iterdir())) == 1
+    assert slurm.make_plan(command).config != plan.config, "other settings are another copy"
+    slurm._write_copies(plan)  # again
+    assert {path.name for path in plan.folder.iterdir()} == {plan.code.name, plan.config.name}
 
 
 def test_a_snapshot_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +259,7 @@ def test_a_snapshot_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         shutil.copytree(processes.ROOT / package, tmp_path / "site" / package)
     (tmp_path / "site" / "another.py").write_text("")
     monkeypatch.setattr(snapshot, "ROOT", tmp_path / "site")
-    files = snapshot.collect([])
+    files = snapshot.sources()
     assert Path("simclr_ddp/pretrain.py") in files and Path("another.py") not in files and not files[Path("COMMIT")]
 
 
@@ -244,6 +274,99 @@ def test_a_snapshot_is_shared(tmp_path: Path) -> None:
     shutil.rmtree(first.parent)
     snapshot.write({Path("x"): b"1"}, second)  # by a later job, when the first's run directory has gone
     assert (second / "x").read_bytes() == b"1" and not second.is_symlink()
+
+
+def test_runs_of_an_array_share_the_code_and_not_the_config(tmp_path: Path) -> None:
+    plans = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trial.yaml").write_text(f"run_dir: {tmp_path / name}\n")
+        plans.append(slurm.make_plan(["simclr_ddp.pretrain", str(tmp_path / name / "trial.yaml")]))
+    one, two = slurm._sharing(plans)
+    assert one.code == two.code and one.config.parent == one.folder and two.config.parent == two.folder
+    two.folder.mkdir()
+    slurm._write_copies(two)
+    copy = slurm.describe(slurm.Slurm(), two).command[1]
+    assert Path(copy).read_text() == (tmp_path / "b" / "trial.yaml").read_text() and Path(copy).name == "trial.yaml"
+
+
+# --- a rank ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[job.Job]:
+    """What rank 0 of job 7, at the end of its time limit, is told: to run a command that notes each SIGTERM and saves.
+
+    pytest itself is the rank.
+    """
+    (tmp_path / "saving.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: open('told', 'a').write('x'))\n"
+        "pathlib.Path('ready').touch()\n"
+        "end = time.monotonic() + 60\n"
+        "while not pathlib.Path('told').exists() and time.monotonic() < end: time.sleep(0.01)\n"
+        "end = time.monotonic() + 1\n"
+        "while time.monotonic() < end: time.sleep(0.01)\n"
+        "sys.exit(75)\n"
+    )
+    environment = SimpleNamespace(job_id="7", hostnames=["node1"], node=0)
+    told = SimpleNamespace(rank=0, local_rank=0, master_port=1, _job_env=environment)
+    monkeypatch.setattr(submitit.helpers, "TorchDistributedEnvironment", lambda: told)
+    monkeypatch.setattr(job, "_meet", lambda *_: None)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    told.export = lambda **_: os.environ.update(MASTER_PORT="1") or told
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    yield job.Job(["saving"], tmp_path, tmp_path / "checkpoints/latest", tmp_path / ".lock", 0, 60, 30, 10)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def when_ready(file: Path, *numbers: int) -> threading.Thread:
+    """Send pytest the signals, a little apart, once the file is there."""
+
+    def send() -> None:
+        end = time.monotonic() + 30
+        while not file.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+def test_only_the_first_signal_is_passed_on(rank: job.Job, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The command is not pretrain, so that nobody can tell whether it has come on: it is believed."""
+    thread = when_ready(tmp_path / "ready", signal.SIGUSR1, signal.SIGTERM)
+    job.run(rank)
+    thread.join()
+    assert (tmp_path / "told").read_text() == "x"
+    assert (tmp_path / "7.again").read_text() == "time limit"
+    assert "paused (time limit): unless it was cancelled, the job is queued again" in capfd.readouterr().out
+
+
+def test_a_time_limit_in_which_pretrain_saves_nothing(rank: job.Job, capfd: pytest.CaptureFixture[str]) -> None:
+    (Path.cwd() / "simclr_ddp").mkdir()
+    Path("saving.py").rename("simclr_ddp/pretrain.py")
+    thread = when_ready(Path.cwd() / "ready", signal.SIGUSR1)
+    with pytest.raises(SystemExit):
+        job.run(replace(rank, command=["simclr_ddp.pretrain"]))
+    thread.join()
+    assert "the time limit, minutes=1, came before anything was saved: raise it" in capfd.readouterr().err
+
+
+def test_told_to_stop_before_the_ranks_have_met(rank: job.Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(*_: object) -> None:
+        raise ConnectionAbortedError
+
+    monkeypatch.setattr(job, "_meet", told)
+    job.run(rank)
+    (line,) = (tmp_path / "starts.jsonl").read_text().splitlines()
+    assert '"job": "7", "start": 0, "after": "submission"' in line
+    assert (tmp_path / "7.again").read_text() == job.NOT_MET and not (tmp_path / "ready").exists()
 
 
 # --- a start that SLURM has given up ---------------------------------------------------------------------------------
@@ -387,6 +510,24 @@ def test_when_the_batch_script_queues_the_job_again(
 
 
 # --- without SLURM --------------------------------------------------------------------------------------------------
+
+
+def test_local_passes_sigterm_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+    (tmp_path / "waiting.py").write_text(waiting)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    folder = tmp_path / "run"
+    plan = slurm.Plan(["waiting"], folder, folder, {Path("x"): b""}, folder / "code", {}, folder / "config")
+    thread = when_ready(tmp_path / "ready", signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
+    assert slurm._run_here(slurm.Slurm(), plan) == 75
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.slow

@@ -409,7 +409,7 @@ def test_it_can_not_start(images: Path, tmp_path: Path) -> None:
 def test_it_can_not_be_imported(images: Path, tmp_path: Path) -> None:
     """Which also shows that the snapshot is what runs: the line of setup breaks it, and not the checkout."""
     arguments = training(images, tmp_path / "run")
-    code = tmp_path / "run" / "slurm" / f"code-{snapshot.digest(snapshot.collect(arguments))}"
+    code = tmp_path / "run" / "slurm" / f"code-{snapshot.digest(snapshot.sources())}"
     broken = f"echo import nothing_here > {shlex.quote(str(code))}/simclr_ddp/pretrain.py"
     status, output = follow([f"setup=['{broken}']"], arguments)
     assert status != 0 and "No module named 'nothing_here'" in output, output

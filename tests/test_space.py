@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.plan import Sweep, make_plan
 from launch.space import cell, cells, parse_grid, parse_space, sample
+from simclr_ddp import config
+from simclr_ddp.config import Pretrain
+from simclr_ddp.pretrain import make_objective
+from tests import processes
 
 FIXED = {"loss.kernel": "cosine", "seed": 0}
 NUMBERS = st.floats(1e-6, 1e6, allow_nan=False)
@@ -153,6 +158,17 @@ def test_conditions_that_wait_for_each_other() -> None:
     }
     with pytest.raises(ValueError, match=r"loss\.gamma, loss\.radius wait for each other"):
         parse_space(circle)
+
+
+def test_the_ends_of_the_shipped_search_can_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(processes.ROOT)
+    path = processes.ROOT / "configs" / "sweep" / "kernel_infonce.yaml"
+    plan = make_plan(config.build(Sweep, [(str(path), config.read_yaml(path))]))
+    (weight,) = [d for d in plan.space if d.key == "loss.mix_weight"]
+    for value in weight.values:
+        for kernel in weight.when["loss.kernel"]:
+            own = {"loss.kernel": kernel, "loss.mix_weight": value}
+            make_objective(config.build(Pretrain, [*plan.layers, ("the test", own)]))
 
 
 # --- the grid -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -287,6 +288,38 @@ def test_ctrl_c_saves_the_trials_and_the_same_command_goes_on(images: Path) -> N
     assert len(json_lines(0)) == 4
 
 
+def test_ctrl_c_as_a_trial_ends_starts_no_other(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = sweep.Search._record
+
+    def recorded(self: sweep.Search, *arguments: Any) -> None:
+        record(self, *arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep.Search, "_record", recorded)
+        assert sweep.main(options(images, TEMPERATURES, "pruner=none", "trials=3")) == 75
+    assert [row["state"] for row in table()] == ["finished"] and not starts(1)
+    assert sweep.main(options(images, TEMPERATURES, "pruner=none", "trials=3")) == 0
+    assert [len(starts(number)) for number in range(3)] == [1] * 3
+
+
+def test_trials_that_were_cut_off_start_again_as_many_as_may_run(images: Path) -> None:
+    arguments = options(images, TEMPERATURES, "pruner=none", "trials=2")
+    Path("here").mkdir()
+    Path("here/hold").touch()
+    process = Forked([*arguments, "at_once=2"])
+    process.wait(lambda: all(Path(f"here/trials/000{number}/metrics.jsonl").exists() for number in (0, 1)))
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.finish()[0] == 75
+    process = Forked([*arguments, "at_once=1"])
+    process.wait(lambda: len(starts(0)) == 2)
+    time.sleep(0.5)
+    assert len(starts(1)) == 1, "it waits"
+    Path("here/hold").unlink()
+    assert process.finish()[0] == 0
+    assert [len(starts(number)) for number in (0, 1)] == [2, 2]
+
+
 def json_lines(number: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(f"here/trials/{number:04d}/metrics.jsonl").read_text().splitlines()]
 
@@ -444,6 +477,157 @@ def test_a_job_that_falls_behind_is_cancelled(images: Path, monkeypatch: pytest.
     assert sweep.main([*last_below_median(images), "slurm=jobs.yaml", "at_once=1"]) == 0
     assert [row["state"] for row in table()] == ["finished"] * 3 + ["ended early"]
     assert jobs[3].wait() == 75, "it has saved"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand-ins for SLURM's commands, whose jobs have ended when they are submitted; and jobs.yaml, settings of jobs.
+
+    In the folder: scripts/JOB, what was submitted; state/JOB, how that ended; refuse, and hold (no job runs its trial),
+    if they are there.
+    """
+    here = tmp_path / "cluster"
+    sbatch = f"""
+[ -e refuse ] && {{ echo "sbatch: error: too many jobs" >&2; exit 1; }}
+job=$((71 + $(ls scripts | wc -l)))
+cp "$script" scripts/$job
+cd {tmp_path}
+sed -n "s/.*run_dir=\\(.*\\) run_folder=.*/\\1/p" "$script" | while read -r run_dir; do
+  [ -e {here}/hold ] || {shlex.join(STUB)} "$run_dir/trial.yaml" >/dev/null
+done
+echo "Submitted batch job $job"
+"""
+    scontrol = (
+        'job="${4%_*}"; echo "JobId=$job JobState=$(cat "state/$job" 2>/dev/null || echo COMPLETED) ExitCode=0:0"'
+    )
+    for folder in ("bin", "scripts", "state"):
+        (here / folder).mkdir(parents=True)
+    for name, content in (("sbatch", sbatch), ("scontrol", scontrol), ("srun", "")):
+        begin = f'#!/bin/bash\nscript=$(realpath "${{@: -1}}")\ncd {here} || exit 1\n'
+        (here / "bin" / name).write_text(f"{begin}{content}\n")
+        (here / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(trials.Jobs, "POLL", 0.02)
+    Path("jobs.yaml").write_text("minutes: 10\n")
+    return here
+
+
+def scripts(cluster: Path) -> list[str]:
+    return [path.read_text() for path in sorted((cluster / "scripts").iterdir())]
+
+
+GRID = ["grid.loss.kernel=[cosine, exponential, gaussian]", "slurm=jobs.yaml"]
+
+
+def test_a_grid_of_jobs_all_at_once(images: Path, cluster: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main(options(images, *GRID)) == 0
+    (script,) = scripts(cluster)
+    assert "\n#SBATCH --array=0-2%3\n" in script
+    told = [line for line in capfd.readouterr().out.splitlines() if "array" in line]
+    assert told == [
+        "3 trials: array 71, 3 at once, logs here/trials/*/slurm/71_*_0_log.out; cancel: scancel 71",
+    ]
+    folders = [Path(f"here/trials/000{number}") for number in range(3)]
+    assert len({next(folder.glob("slurm/code-*")).resolve() for folder in folders}) == 1, "they share the code"
+    for folder in folders:
+        (copy,) = folder.glob("slurm/config-*/1/trial.yaml")
+        assert copy.read_text() == (folder / "trial.yaml").read_text()
+
+
+def test_jobs_of_their_own_are_told_apart(images: Path, cluster: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main([*options(images, TEMPERATURES), "trials=2", "slurm=jobs.yaml"]) == 0
+    assert [f"\n#SBATCH --job-name=sweep-000{n}\n" in script for n, script in enumerate(scripts(cluster))] == [True] * 2
+    log = "here/trials/0001/slurm/72_0_log.out"
+    assert f"trial 1: job 72, its log {log}; cancel: scancel 72" in capfd.readouterr().out
+
+
+def test_a_refused_array_is_submitted_again_as_one(
+    images: Path, cluster: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (cluster / "refuse").touch()
+    assert sweep.main(options(images, *GRID)) == 2
+    assert "SLURM refuses the job: too many jobs" in capfd.readouterr().err
+    (cluster / "refuse").unlink()
+    assert sweep.main(options(images, *GRID, "at_once=2")) == 0
+    (script,) = scripts(cluster)
+    assert "\n#SBATCH --array=0-2%2\n" in script
+    assert [row["state"] for row in table()] == ["finished"] * 3
+
+
+@pytest.mark.parametrize(("state", "jobs"), [("CANCELLED", 1), ("TIMEOUT", 1 + sweep.AGAIN)])
+def test_trials_whose_jobs_are_cut_off(
+    state: str, jobs: int, images: Path, cluster: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (cluster / "hold").touch()
+    for job in range(71, 80):
+        (cluster / "state" / str(job)).write_text(state)
+    assert sweep.main(options(images, *GRID)) == 75
+    told = capfd.readouterr().out
+    last = 70 + jobs
+    assert f"trial 2: its job {last}_2 ended as {state}; it is saved, and the next start of the sweep goes on" in told
+    assert "stopped with 0 of 3 trials done; go on: python -m launch.sweep" in told
+    assert [row["state"] for row in table()] == ["not done"] * 3 and len(scripts(cluster)) == jobs
+    (cluster / "hold").unlink()
+    (cluster / "state" / str(last + 1)).write_text("COMPLETED")
+    assert sweep.main(options(images, *GRID, "at_once=2")) == 0
+    assert [row["state"] for row in table()] == ["finished"] * 3
+    assert len(scripts(cluster)) == jobs + 1 and "\n#SBATCH --array=0-2%2\n" in scripts(cluster)[-1]
+
+
+def test_an_array_that_was_not_noted_is_found(images: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(self: sweep.Search, r: sweep.Running, handle: trials.Handle) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep.Search, "_begun", killed)
+        assert sweep.main(options(images, *GRID)) == 130
+    assert not any("handle" in t.user_attrs for t in study().trials)
+    assert sweep.main(options(images, *GRID)) == 0
+    assert len(scripts(cluster)) == 1 and [row["state"] for row in table()] == ["finished"] * 3
+
+
+def test_the_newest_job_of_a_run(tmp_path: Path) -> None:
+    assert trials.queued(tmp_path) is None
+    (tmp_path / "slurm").mkdir()
+    for age, name in enumerate(["88_submitted.pkl", "77_0_submitted.pkl", "9_submitted.pkl", "99_submission.sh"]):
+        (tmp_path / "slurm" / name).touch()
+        os.utime(tmp_path / "slurm" / name, (1000 - age, 1000 - age))
+    assert trials.queued(tmp_path) == {"job": "88"}
+    os.utime(tmp_path / "slurm" / "77_0_submitted.pkl", (2000, 2000))
+    assert trials.queued(tmp_path) == {"job": "77_0"}
+
+
+def test_the_error_of_a_job_is_that_of_its_command(tmp_path: Path) -> None:
+    wrapper = "error: rank {} on node1: simclr_ddp.pretrain ended with status 2"
+    logs = {
+        "7_0_log.out": f"error: lost the other ranks (x): the first says why\n{wrapper.format(0)}\n",
+        "7_1_log.out": f"error: rank 1: step 3: it diverges (--debug shows where)\n{wrapper.format(1)}\n",
+        "8_0_log.out": f"{wrapper.format(0)}\n",
+    }
+    for name, text in logs.items():
+        (tmp_path / name).write_text(text)
+    assert trials.job_error(tmp_path, "7") == "error: rank 1: step 3: it diverges"
+    (tmp_path / "7_1_log.out").unlink()
+    assert trials.job_error(tmp_path, "7") == "error: lost the other ranks (x): the first says why"
+    assert trials.job_error(tmp_path, "8") == wrapper.format(0) and not trials.job_error(tmp_path, "9")
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_mistake_in_the_settings_of_the_jobs(
+    more: list[str], images: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("jobs.yaml").write_text("gpus_per_node: 2\ntasks_per_node: 3\n")
+    assert sweep.main(options(images, *GRID, *more)) == 2
+    assert "slurm=jobs.yaml: tasks_per_node=3 with gpus_per_node=2" in only_error(capfd)
+    assert not Path("here").exists()
+
+
+def test_without_optuna(tmp_path: Path) -> None:
+    start = "import runpy, sys; sys.modules['optuna'] = None; runpy.run_module('launch.sweep', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", start, "--help"], cwd=processes.ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, "error: optuna is not installed: pip install '.[sweep]' adds it\n")
 
 
 # --- real trials ----------------------------------------------------------------------------------------------------
