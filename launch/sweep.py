@@ -152,13 +152,15 @@ class Search:
             ending = self._runner.ending(r.run_dir, r.handle)
             r.seen = r.seen or ending is None
             values = epoch_values(read_metrics(r.run_dir / "metrics.jsonl"), self._settings.metric)
+            optim = self._plan.settings(r.trial.number).optim
             for epoch in sorted(values.keys() - r.reported):
                 if r.pruned and ending is None:
                     break
                 r.trial.report(values[epoch], epoch)
                 r.reported.add(epoch)
                 behind = r.trial.should_prune()  # of one that has ended, too: halving notes its value for the others
-                if behind and ending is None:
+                at_its_end = optim.steps is None and epoch >= optim.epochs  # it only has to save
+                if behind and ending is None and not at_its_end:
                     r.trial.set_user_attr("pruned", epoch)
                     r.pruned = True
             if ending is None and r.pruned:

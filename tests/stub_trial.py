@@ -1,8 +1,8 @@
 """Stands for `python -m simclr_ddp.pretrain` in tests of sweeps: the same files, signals and statuses, no training.
 
 Its metric is loss.temperature. Kernels stand for ways to end: laplacian fails, arccos is killed, spectral stands still
-in its second epoch until it is told to stop, as all do while there is a file `hold` in the sweep's directory. Each
-start adds a line to the file `starts`.
+in its second epoch until it is told to stop, as all do while there is a file `hold` in the sweep's directory;
+exponential takes two seconds to save its end. Each start adds a line to the file `starts`.
 """
 
 import json
@@ -41,6 +41,8 @@ def main() -> None:
         line = {"step": epoch, "epoch": float(epoch), "loss": 1.0, "probe_top1": settings.loss.temperature}
         with metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
+    if settings.loss.kernel == "exponential":
+        time.sleep(2)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(settings))
     print(f"finished: {run_dir}", flush=True)
 

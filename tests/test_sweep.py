@@ -135,6 +135,13 @@ def test_finished_failed_killed_and_pruned_trials(images: Path, capfd: pytest.Ca
     assert "ended early" in report and "error: step 3: it diverges" in report
 
 
+def test_a_trial_that_is_behind_at_its_last_epoch_has_finished(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: self.study.trials[self.number].last_step == 4)
+    arguments = options(images, "pruner=halving", "space.loss.kernel.choice=[exponential]", TEMPERATURES)
+    assert sweep.main([*arguments, "trials=2"]) == 0
+    assert [(row["state"], row["epochs"]) for row in table()] == [("finished", "4")] * 2, table()
+
+
 def seed_with(arguments: list[str], wanted: Callable[[list[dict[str, Any]]], bool]) -> int:
     """The first seed whose trials draw what is wanted."""
     entries = dict(config.parse_override(argument) for argument in arguments)
