@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simclr_ddp import distributed
 from simclr_ddp.metrics import MetricsLog, Progress, peak_memory_bytes
 
 MOST_SKIPPED = 20  # fp16 steps on end whose gradients overflow; the first few are the loss scale finding its place
@@ -45,12 +44,14 @@ class LateReader:
 class StepFailed(ValueError):
     """The loss or gradient of a step is not finite; all ranks raise it, one step later."""
 
-    def __init__(self, step: int, loss: float, gradient_norm: float, learning_rate: float) -> None:
-        super().__init__(
-            f"step {step}: loss {loss:g}, gradient norm {gradient_norm:g}, learning rate {learning_rate:g}: it "
-            "diverges; a lower optim.base_learning_rate, a higher loss.temperature or precision=fp32 may help, and the "
-            "same command goes on from the last checkpoint"
-        )
+    DIVERGES = (
+        "it diverges; a lower optim.base_learning_rate, a higher loss.temperature or precision=fp32 may help, and the "
+        "same command goes on from the last checkpoint"
+    )
+
+    def __init__(self, step: int, loss: float, gradient_norm: float, learning_rate: float, why: str = DIVERGES) -> None:
+        numbers = f"loss {loss:g}, gradient norm {gradient_norm:g}, learning rate {learning_rate:g}"
+        super().__init__(f"step {step}: {numbers}: {why}")
         self.step, self.loss, self.gradient_norm = step, loss, gradient_norm
 
 
@@ -150,9 +151,10 @@ class Reporter:
             raise StepFailed(tag["line"]["step"], loss, gradient_norm, tag["line"]["learning_rate"])
         self._skipped = 0 if gradient_norm - gradient_norm == 0 else self._skipped + 1
         if self._skipped == MOST_SKIPPED:
-            distributed.fail_together(
-                f"step {tag['line']['step']}: the gradients of {MOST_SKIPPED} steps on end overflow fp16 at ever lower "
-                "loss scales, so nothing is learned: precision=bf16 or fp32 has the range"
+            why = (
+                f"the gradients of {MOST_SKIPPED} steps on end overflow fp16 at ever lower loss scales, so nothing is "
+                "learned: precision=bf16 or fp32 has the range"
             )
+            raise StepFailed(tag["line"]["step"], loss, gradient_norm, tag["line"]["learning_rate"], why)
         self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
         self.stop = stop > 0
