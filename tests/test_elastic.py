@@ -52,7 +52,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], li
 
 def test_nodes_come_and_go(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two launchers with a rank each; the second is killed with its rank, and later another one joins."""
-    steps = 500  # enough for the third launcher to come while they last
+    steps = 300  # enough for the third launcher to come while they last
     exact = [
         "precision=fp64",
         "data.workers=0",
