@@ -316,8 +316,9 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(descriptor)
-        tells.close()
+        tells.shutdown(socket.SHUT_WR)  # for forked processes too, which closing it here would not end
         listener.join()
+        tells.close()
         hears.close()
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,20 @@ def test_killed_and_started_again_ends_bitwise_equal(
     status, output = processes.run("simclr_ddp.pretrain", *arguments, ranks=ranks)
     assert status == 0 and "going on from" in output, output
     assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
+
+
+def test_a_process_that_was_forked_holds_up_no_end() -> None:
+    """As a decoding process that stands still: it has the sockets of the thread that hears signals."""
+    with pretrain.stop_signals():
+        child = os.fork()
+        if child == 0:
+            time.sleep(10)
+            os._exit(0)
+    alive = os.waitpid(child, os.WNOHANG) == (0, 0)
+    if alive:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert alive, "its end was waited for"
 
 
 def test_a_damaged_config_is_written_anew(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
