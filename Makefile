@@ -23,7 +23,7 @@ test-slurm: setup
 
 test-all: test test-slow test-slurm
 
-# A hundred faults over two training runs, on 2 and on 4 ranks: about forty minutes on two cores.
+# A hundred faults over two training runs, on 2 and on 4 ranks: up to an hour on two busy cores.
 chaos: setup
 	.venv/bin/python -m tests.chaos --faults 50 --ranks 2 4 --out benchmarks/results/chaos.json
 
