@@ -77,7 +77,7 @@ def run(
         return 2
     except (RuntimeError, MemoryError) as error:
         if debug:
-            traceback.print_exc()
+            raise
         on_gpu = type(error).__name__ == "OutOfMemoryError"
         if on_gpu or isinstance(error, MemoryError) or MEMORY.search(str(error)):
             told = " ".join(str(error).split())
@@ -95,7 +95,7 @@ def run(
                 alone=True,
             )
             return 1
-        if debug or LOST.search(str(error)) is None:
+        if LOST.search(str(error)) is None:
             raise
         _report(f"lost the other ranks ({str(error)[:80]} ...): the one that ended first says why")
         return 1
