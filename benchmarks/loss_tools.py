@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.peers import FOLDER
 from simclr_ddp import KernelInfoNCE, distributed, tiled
-from simclr_ddp.losses import _tile_kernel, log_kernel
+from simclr_ddp.losses import tile_kernel
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -148,8 +148,8 @@ def work(name: str, images: int, width: int) -> tuple[int, int] | None:
     tiles = tiled.tiles(images, images, 0, True)
     areas = [(t.rows.stop - t.rows.start) * (t.columns.stop - t.columns.start) for t in tiles]
     edges = [(t.rows.stop - t.rows.start) + (t.columns.stop - t.columns.start) for t in tiles]
-    kernel = _tile_kernel(log_kernel(loss.objective))
-    if kernel.vectors:
+    kernel = tile_kernel(loss.objective)
+    if kernel.of_vectors:
         return None
     kept = kernel.keeps and kernel.largest(1.0) <= tiled.SAFE and sum(areas) <= tiled.KEPT
     gradient = sum(area * (1 + tile.mirrored) for area, tile in zip(areas, tiles, strict=True))

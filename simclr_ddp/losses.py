@@ -19,17 +19,22 @@ another norm, `simclr_ddp.p_distance`, it is a function of differences.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from simclr_ddp import tiled
+from simclr_ddp.arc_cosine import ArcCosine, arccos
 from simclr_ddp.p_distance import PDistance
 from simclr_ddp.products import Product
-from simclr_ddp.tiled import BACKENDS, PRECISIONS, LogKernel, Ranks
+from simclr_ddp.tile_kernels import Cosine, Mixture, Power, TileKernel, Vectors
+from simclr_ddp.tiled import BACKENDS, PRECISIONS, Ranks
+
+LogKernel = Callable[[Tensor, Tensor], Tensor]
 
 MIXTURES = ("simple_sum", "concat_sum")
 KERNELS = ("cosine", "gaussian", "laplacian", "exponential", *MIXTURES, "arccos", "spectral")
@@ -146,31 +151,25 @@ def contrastive_loss(z: Tensor, z_all: Tensor, first: int, objective: Objective,
         z, z_all = _each(_halves, z, z_all)
     if objective.kernel in MIXTURES and objective.mix_level == "loss":
         losses = []
-        for part, kernel in enumerate(_parts(objective)):
-            select = partial(torch.select, dim=0, index=part) if objective.kernel == "concat_sum" else (lambda z: z)
-            losses.append(_tiled_info_nce(*_each(select, z, z_all), first, kernel, objective, ranks))
+        for index, part in enumerate(parts(objective)):
+            select = partial(torch.select, dim=0, index=index) if objective.kernel == "concat_sum" else (lambda z: z)
+            losses.append(_tiled_info_nce(*_each(select, z, z_all), first, part, ranks))
         return objective.mix_weight * losses[0] + (1 - objective.mix_weight) * losses[1]
-    return _tiled_info_nce(z, z_all, first, log_kernel(objective), objective, ranks)
+    return _tiled_info_nce(z, z_all, first, objective, ranks)
 
 
-def _tiled_info_nce(
-    z: Tensor,
-    z_all: Tensor,
-    first: int,
-    log_kernel: LogKernel | PDistance,
-    objective: Objective,
-    ranks: Ranks | None,
-) -> Tensor:
+def _tiled_info_nce(z: Tensor, z_all: Tensor, first: int, objective: Objective, ranks: Ranks | None) -> Tensor:
     """`info_nce` by tiles."""
+    log_k = log_kernel(objective)
     if z is z_all or ranks is not None:  # both views of a pair are here: it counts for either
-        positive = _pairwise(log_kernel, *z.unbind(-3)).repeat(2)
+        positive = _pairwise(log_k, *z.unbind(-3)).repeat(2)
     else:
-        positive = _pairwise(log_kernel, z, _partners(z, z_all, first)).flatten()
+        positive = _pairwise(log_k, z, _partners(z, z_all, first)).flatten()
 
     def plain(z: Tensor, z_all: Tensor) -> Tensor:
-        return _log_kernels(z, z_all, first, log_kernel)[1].logsumexp(dim=1)
+        return _log_kernels(z, z_all, first, log_k)[1].logsumexp(dim=1)
 
-    problem = tiled.Problem(_tile_kernel(log_kernel), plain, first, objective.precision, ranks, objective.backend)
+    problem = tiled.Problem(tile_kernel(objective), plain, first, objective.precision, ranks, objective.backend)
     excess = tiled.log_sums(z, z_all, problem) - positive
     return torch.logaddexp(excess, torch.zeros_like(excess)).mean()  # log(1 + exp(excess)), exact near 0 too
 
@@ -225,7 +224,7 @@ def contrastive_accuracy(z: Tensor, z_all: Tensor, first: int, objective: Object
     rank_by = log_kernel(objective)
     positive = _pairwise(rank_by, z, _partners(z, z_all, first)).flatten()
 
-    def of_tile(rows: tiled.Vectors, columns: tiled.Vectors, own: Sequence[int]) -> Tensor:
+    def of_tile(rows: Vectors, columns: Vectors, own: Sequence[int]) -> Tensor:
         if isinstance(rank_by, PDistance):
             return rank_by.of_all(rows.z, columns.z)
         return rank_by(*tiled.pairs(rows, columns, own))
@@ -262,15 +261,12 @@ def gaussian(dot: Tensor, squared_distance: Tensor, temperature: float) -> Tenso
     return -squared_distance / temperature
 
 
-def laplacian(dot: Tensor, squared_distance: Tensor, temperature: float, squared_radius: float = 1.0) -> Tensor:
-    """-|a-b| / τ. τ divides the distance; see `exponential`."""
-    return exponential(dot, squared_distance, temperature, 1.0, squared_radius)
-
-
 def exponential(
     dot: Tensor, squared_distance: Tensor, temperature: float, gamma: float, squared_radius: float = 1.0
 ) -> Tensor:
     """-|a-b|^γ / τ (Tan et al. 2024). τ divides the power, so it has the unit of a distance to the γ.
+
+    γ = 1 is the Laplacian.
 
     Below γ = 2 a distance counts as at least 0.001 radii, and pairs closer than that have no gradient: the slope
     at 0 is infinite (γ < 1) or undefined (γ = 1), and float32 can't tell such distances apart in a Gram matrix.
@@ -282,68 +278,31 @@ def exponential(
     return -squared_distance.pow(gamma / 2) / temperature
 
 
-def arccos(dot: Tensor, squared_distance: Tensor, temperature: float, order: int) -> Tensor:
-    """log J(θ) with cos θ = 1 - τ(1 - a·b), unit vectors, 0 < τ <= 1: τ *multiplies* the cosine's distance from 1.
-
-    order 1  J = π - θ
-    order 2  J = sin θ + (π-θ) cos θ
-    order 3  J = 3 sin θ cos θ + (π-θ)(1 + 2 cos²θ)
-
-    Cho and Saul 2009, degrees 0 to 2. cos θ is kept 1e-6 away from ±1, where the slope of θ is infinite.
-    """
-    # In half angles, from 1 - cos θ and 1 + cos θ apart, so that neither end loses digits. φ = π - θ, and towards
-    # φ = 0 (opposite vectors) J falls as φ, φ³/3, 4φ⁵/15.
-    below_one = (temperature * (1 - dot)).clamp(1e-6, 2 - 1e-6)
-    above_minus_one = (2 * (1 - temperature) + temperature * (1 + dot)).clamp(1e-6, 2 - 1e-6)
-    phi = 2 * torch.atan2(above_minus_one.sqrt(), below_one.sqrt())
-    if order == 1:
-        return phi.log()
-    closed = phi.sin() - phi * phi.cos() if order == 2 else phi * (2 + (2 * phi).cos()) - 1.5 * (2 * phi).sin()
-    if temperature <= 0.5:  # cos θ >= 1 - 2τ, so φ >= π/2
-        return closed.log()
-    if order == 2:
-        series = phi.pow(3) * _polynomial(phi.square(), _ORDER_2)
-    else:
-        series = (2 * phi).pow(5) * _polynomial((2 * phi).square(), _ORDER_3)
-    return torch.where(phi < 1.5, series, closed).log()
-
-
-# Taylor coefficients, of sin φ - φ cos φ in φ³, φ⁵, … and, in x = 2φ, of x (2 + cos x) / 2 - 1.5 sin x in x⁵, x⁷, …
-# The leading terms of the closed forms cancel for small φ; for φ < 1.5 these many terms are exact in float64.
-_ORDER_2 = tuple((-1) ** (k + 1) * 2 * k / math.factorial(2 * k + 1) for k in range(1, 13))
-_ORDER_3 = tuple((-1) ** k * (k - 1) / math.factorial(2 * k + 1) for k in range(2, 16))
-
-
-def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    value = torch.zeros_like(x)
-    for coefficient in reversed(coefficients):
-        value = value * x + coefficient
-    return value
-
-
 def log_kernel(objective: Objective) -> LogKernel | PDistance:
     """The log-kernel of an objective; of `concat_sum` it takes [2, ...], both halves, and returns [...].
 
     `spectral` isn't made of a kernel, nor is a loss-level mixture: they get what `contrastive_accuracy` ranks by.
     """
     if objective.distance_p != 2:
-        gamma = {"gaussian": 2.0, "laplacian": 1.0}.get(objective.kernel, objective.gamma)
         floor = 1e-3 * math.sqrt(objective.squared_radius)
-        return PDistance(objective.temperature, gamma, objective.distance_p, floor)
+        return PDistance(objective.temperature, _gamma(objective), objective.distance_p, floor)
     if objective.kernel == "spectral":
         return lambda dot, squared_distance: dot
     if objective.kernel == "cosine":
         return partial(cosine, temperature=objective.temperature, squared_radius=objective.squared_radius)
     if objective.kernel == "gaussian":
         return partial(gaussian, temperature=objective.temperature)
-    if objective.kernel == "laplacian":
-        return partial(laplacian, temperature=objective.temperature, squared_radius=objective.squared_radius)
-    if objective.kernel == "exponential":
-        return _parts(objective)[0]
+    if objective.kernel in ("laplacian", "exponential"):
+        return partial(
+            exponential,
+            temperature=objective.temperature,
+            gamma=_gamma(objective),
+            squared_radius=objective.squared_radius,
+        )
     if objective.kernel == "arccos":
         return partial(arccos, temperature=objective.temperature, order=objective.order)
 
-    first_kernel, second_kernel = _parts(objective)
+    first_kernel, second_kernel = (cast(LogKernel, log_kernel(part)) for part in parts(objective))
     weight = objective.mix_weight
 
     def mixture(dot: Tensor, squared_distance: Tensor) -> Tensor:
@@ -357,32 +316,31 @@ def log_kernel(objective: Objective) -> LogKernel | PDistance:
     return mixture
 
 
-def _tile_kernel(log_kernel: LogKernel | PDistance) -> tiled.TileKernel:
-    """The same kernel as it is computed on tiles: the simple ones in few operations, others as they are."""
-    if isinstance(log_kernel, PDistance):
-        return log_kernel
-    of = getattr(log_kernel, "func", None)
-    numbers = getattr(log_kernel, "keywords", {})
-    if of is cosine:
-        return tiled.Cosine(1 / (numbers["temperature"] * numbers["squared_radius"]))
-    if of is gaussian:
-        return tiled.Power(numbers["temperature"], 2.0, 0.0)
-    if of in (laplacian, exponential):
-        return tiled.Power(numbers["temperature"], numbers.get("gamma", 1.0), 1e-6 * numbers["squared_radius"])
-    return tiled.Elementwise(log_kernel, shifts=of is not arccos)  # the mixtures are of distances
+def tile_kernel(objective: Objective) -> TileKernel:
+    """The same as it is computed on tiles; not of `spectral`, and of a mixture the kernel-level one."""
+    if objective.kernel in MIXTURES:
+        first, second = (cast(Power, tile_kernel(part)) for part in parts(objective))
+        return Mixture(first, second, objective.mix_weight, objective.kernel == "concat_sum")
+    if objective.distance_p != 2:
+        return cast(PDistance, log_kernel(objective))
+    if objective.kernel == "cosine":
+        return Cosine(1 / (objective.temperature * objective.squared_radius))
+    if objective.kernel == "arccos":
+        return ArcCosine(objective.temperature, objective.order)
+    return Power(objective.temperature, _gamma(objective), 1e-6 * objective.squared_radius)
 
 
-def _parts(objective: Objective) -> tuple[LogKernel, LogKernel]:
-    """The exponential and the Gaussian log-kernel of a mixture."""
+def parts(objective: Objective) -> tuple[Objective, Objective]:
+    """The two parts of a mixture: an exponential kernel and a Gaussian."""
+    second_temperature = objective.second_temperature or objective.temperature
     return (
-        partial(
-            exponential,
-            temperature=objective.temperature,
-            gamma=objective.gamma,
-            squared_radius=objective.squared_radius,
-        ),
-        partial(gaussian, temperature=objective.second_temperature or objective.temperature),
+        replace(objective, kernel="exponential"),
+        replace(objective, kernel="gaussian", temperature=second_temperature),
     )
+
+
+def _gamma(objective: Objective) -> float:
+    return {"gaussian": 2.0, "laplacian": 1.0}.get(objective.kernel, objective.gamma)
 
 
 # --- pairs ----------------------------------------------------------------------------------------------------------

@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from simclr_ddp.tiled import EXCLUDED, LOG2_E, Slope, Vectors
+from simclr_ddp.tile_kernels import EXCLUDED, LOG2_E, Slope, Vectors, fill_own
 
 BLOCK = 2**19  # numbers of a block of differences: 2 MiB in float32
 
 
 class PDistance:
-    """The log-kernel, of differences and of tiles (simclr_ddp.tiled.TileKernel).
+    """The log-kernel, of differences and of tiles (simclr_ddp.tile_kernels.TileKernel).
 
     temperature  τ, which divides the power of the distance
     gamma        γ, above 0
@@ -31,7 +31,7 @@ class PDistance:
     floor        least distance for γ < 2, above 0
     """
 
-    distances, shifts, scale, keeps, vectors = True, False, 1.0, False, True
+    of_squares, of_vectors, scale, keeps = False, True, 1.0, False
 
     def __init__(self, temperature: float, gamma: float, p: float, floor: float) -> None:
         self.temperature, self.gamma, self.p = temperature, gamma, p
@@ -51,8 +51,7 @@ class PDistance:
     def tile(self, rows: Vectors, columns: Vectors, own: Sequence[int], out: Tensor) -> tuple[Tensor, Slope]:
         lengths = self._lengths(rows.z, columns.z)
         torch.mul(self._log_k(lengths), LOG2_E, out=out)
-        for offset in own:
-            out.diagonal(offset).fill_(EXCLUDED)
+        fill_own(out, own, EXCLUDED)
 
         def slope(weights: Tensor) -> tuple[Tensor, Tensor]:
             """Σ weight ∂log k / ∂row of the tile's pairs [n, D], and / ∂column [m, D]"""

@@ -15,9 +15,12 @@ low temperatures, each row and each column is taken relative to its own largest,
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import combinations, pairwise, product
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
@@ -25,17 +28,13 @@ import torch
 from torch import Tensor
 
 from simclr_ddp.products import full_precision
-
-LogKernel = Callable[[Tensor, Tensor], Tensor]
-Slope = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+from simclr_ddp.tile_kernels import LOG2_E, TileKernel, Vectors, fill_own
 
 PRECISIONS = ("fp32", "bf16")
 BACKENDS = ("tiled", "triton")
-LOG2_E = math.log2(math.e)
-EXCLUDED = -1e30  # log2 k of an anchor's own image: its weight is 0, of which infinity would make a NaN
 SAFE = 64.0  # largest |log2 k| of any pair whose k are added as they are
-TILE = 1024  # rows, columns: large enough that a call costs little beside its work, a few together fit the cache
-TRIANGLE = 512  # of tiles on the diagonal, which are halved, since all of their pairs are computed twice
+TILE = 512  # rows and columns: large enough that a call costs little beside its work, a few together fit the cache
+TRIANGLE = 256  # of tiles on the diagonal, which are halved, since all of their pairs are computed twice
 KEPT = 10 * 2**20  # so many pairs at most are kept for the backward pass: 40 MiB in float32
 
 
@@ -67,7 +66,7 @@ class Problem:
                checked through Triton's interpreter, not measured on a GPU yet.
     """
 
-    kernel: "TileKernel"
+    kernel: TileKernel
     plain: Callable[[Tensor, Tensor], Tensor]
     first: int
     precision: str
@@ -89,7 +88,7 @@ def log_sums(z: Tensor, z_all: Tensor, problem: Problem) -> Tensor:
 
 @torch.no_grad()
 def largest(
-    z: Tensor, z_all: Tensor, first: int, of_tile: Callable[["Vectors", "Vectors", Sequence[int]], Tensor]
+    z: Tensor, z_all: Tensor, first: int, of_tile: Callable[[Vectors, Vectors, Sequence[int]], Tensor]
 ) -> Tensor:
     """The largest log-kernel of each anchor among its negatives, [2B]; -inf where there are none. As `log_sums`.
 
@@ -100,7 +99,7 @@ def largest(
     with full_precision(z.device.type):
         for tile in tiles(z.shape[-2], z_all.shape[-2], first, z is z_all):
             log_k = of_tile(rows.part(tile.rows), columns.part(tile.columns), tile.own)
-            _fill_own(log_k, tile.own, -math.inf)
+            fill_own(log_k, tile.own, -math.inf)
             for dim, where in ((1, tile.rows), (0, tile.columns))[: 1 + tile.mirrored]:
                 found[where] = torch.maximum(found[where], log_k.amax(dim))
     return found
@@ -119,15 +118,22 @@ class Tile(NamedTuple):
     mirrored: bool
 
 
+Run = tuple[int, int, int]  # view, and images from and to
+
+
 def tiles(batch: int, total: int, first: int, symmetric: bool, index: int = 0, count: int = 1) -> list[Tile]:
     """The tiles of 2 * batch anchors against 2 * total columns; of `symmetric` ones the share of rank `index`.
 
-    2 * count runs, or a multiple, make a multiple of count pairs of runs: with enough images all shares are equal.
+    Rank r computes the pairs of its own images, and those with the images of the half of the ranks that follow it, in
+    a circle: all shares are equal. Of an even number the last of these is half-way round for both, who share its pairs.
     """
-    rows, columns = list(_runs(batch, count)), list(_runs(total, count))
-    chosen = [(row, column) for row in rows for column in columns if not symmetric or row < column][index::count]
     if symmetric:
-        chosen += [pair for run in rows[index::count] for pair in _triangle(run)]
+        starts = [total * rank // count for rank in range(count + 1)]
+        chosen = _own(starts[index], starts[index + 1])
+        for rows, columns in _following(starts, index):
+            chosen += _cross(rows, columns)
+    else:
+        chosen = _cross((0, batch), (0, total))
     return [
         Tile(
             slice(v * batch + a, v * batch + b),
@@ -139,7 +145,13 @@ def tiles(batch: int, total: int, first: int, symmetric: bool, index: int = 0, c
     ]
 
 
-def _triangle(run: tuple[int, int, int]) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
+def _own(start: int, stop: int) -> list[tuple[Run, Run]]:
+    """The pairs of these images on and above the diagonal."""
+    runs = [(view, a, b) for view in range(2) for a, b in _split(start, stop, TILE)]
+    return [*combinations(runs, 2), *(pair for run in runs for pair in _triangle(run))]
+
+
+def _triangle(run: Run) -> list[tuple[Run, Run]]:
     """The pairs of a run with itself on and above its diagonal, in parts where that saves more than it costs."""
     view, start, stop = run
     if stop - start <= TRIANGLE:
@@ -148,148 +160,76 @@ def _triangle(run: tuple[int, int, int]) -> list[tuple[tuple[int, int, int], tup
     return [*_triangle(first), (first, last), *_triangle(last)]
 
 
-def _runs(images: int, count: int) -> Iterator[tuple[int, int, int]]:
-    """(view, from, to) in equal lengths of at most TILE."""
-    parts = min(-(-images // (TILE * count)) * count, images)
-    for view in range(2):
-        for part in range(parts):
-            yield view, images * part // parts, images * (part + 1) // parts
+def _following(starts: list[int], index: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Ranges of images, rows and columns, whose pairs with other ranks' images are this rank's."""
+    count = len(starts) - 1
+    rows, after, end = (starts[index], starts[index + 1]), index + 1, index + 1 + (count - 1) // 2
+    yield rows, (starts[after], starts[min(end, count)])
+    yield rows, (0, starts[max(end - count, 0)])
+    if count % 2 == 0:
+        low, high = sorted((index, (index + count // 2) % count))
+        middle = (starts[high] + starts[high + 1]) // 2
+        if index == low:
+            yield rows, (starts[high], middle)
+        else:
+            yield (middle, starts[high + 1]), (starts[low], starts[low + 1])
 
 
-def _fill_own(pairs: Tensor, own: Sequence[int], value: float) -> None:
-    for offset in own:
-        pairs.diagonal(offset, -2, -1).fill_(value)
+def _cross(rows: tuple[int, int], columns: tuple[int, int]) -> list[tuple[Run, Run]]:
+    """All pairs of two ranges of images; few rows take more columns."""
+    return [
+        ((v, a, b), (u, c, d))
+        for a, b in _split(*rows, TILE)
+        for c, d in _split(*columns, max(TILE, TILE * TILE // (b - a)))
+        for v, u in product(range(2), repeat=2)
+    ]
 
 
-class Vectors(NamedTuple):
-    """z [*, n, D], their squared norms [*, n], and what the gradient's products take in place of z [*, n, D]."""
-
-    z: Tensor
-    squares: Tensor
-    factors: Tensor
-
-    def part(self, where: slice) -> "Vectors":
-        return Vectors(self.z[..., where, :], self.squares[..., where], self.factors[..., where, :])
-
-
-# --- kernels --------------------------------------------------------------------------------------------------------
-
-
-class TileKernel(Protocol):
-    """A kernel as it is computed on tiles.
-
-    distances  it depends on differences of vectors alone, and its slopes leave that to whoever adds up the gradient
-    shifts     it depends on differences of vectors alone: with their mean taken off, near ones keep their digits
-    scale      factor of all slopes, left out of them
-    keeps      slopes come as one tile, fit to be kept
-    vectors    the slope turns S into its part of the gradient in the rows [n, D] and in the columns [m, D] instead
-    """
-
-    distances: bool
-    shifts: bool
-    scale: float
-    keeps: bool
-    vectors: bool
-
-    def largest(self, radius: float) -> float:
-        """Bound of |log2 k| for vectors no longer than `radius`."""
-        ...
-
-    def tile(self, rows: Vectors, columns: Vectors, own: Sequence[int], out: Tensor) -> tuple[Tensor, Slope]:
-        """log2 k in `out` [n, m], EXCLUDED on the diagonals `own`, and the slope: it turns weights S [n, m] of log k
-        into those of the dot products, in place where it can, and of the squared distances unless the first tell."""
-        ...
-
-
-class Cosine:
-    """log k = scale a·b"""
-
-    distances, shifts, keeps, vectors = False, False, True, False
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def largest(self, radius: float) -> float:
-        return self.scale * LOG2_E * radius**2
-
-    def tile(self, rows: Vectors, columns: Vectors, own: Sequence[int], out: Tensor) -> tuple[Tensor, Slope]:
-        torch.addmm(out, rows.z, columns.z.mT, beta=0, alpha=self.scale * LOG2_E, out=out)
-        _fill_own(out, own, EXCLUDED)
-        return out, lambda s: (s, None)
-
-
-class Power:
-    """log k = -|a-b|^γ / τ. For γ < 2 distances count as at least √floor, and closer pairs have no gradient."""
-
-    distances, shifts, keeps, vectors = True, True, True, False
-
-    def __init__(self, temperature: float, gamma: float, floor: float) -> None:
-        self.gamma, self.floor = gamma, floor if gamma < 2 else 0.0
-        # x = unit |a-b|² and log2 k = -outer x^(γ/2); all in the unit, unless that leaves float32's exponents.
-        exponent = 2 / gamma * math.log2(LOG2_E / temperature)
-        self.unit, self.outer = (2**exponent, 1.0) if abs(exponent) < 60 else (1.0, LOG2_E / temperature)
-        self.scale = gamma * self.unit * self.outer / LOG2_E  # d log k / d a·b = scale x^(γ/2 - 1)
-
-    def largest(self, radius: float) -> float:
-        return self.outer * (self.unit * 4 * radius**2) ** (self.gamma / 2)
-
-    def tile(self, rows: Vectors, columns: Vectors, own: Sequence[int], out: Tensor) -> tuple[Tensor, Slope]:
-        unit = -self.unit * self.outer if self.gamma == 2 else self.unit
-        torch.add(rows.squares[:, None] * unit, columns.squares * unit, out=out)
-        out.addmm_(rows.z, columns.z.mT, alpha=-2 * unit)
-        if self.gamma == 2:
-            _fill_own(out, own, EXCLUDED)
-            return out, lambda s: (s, None)
-        _fill_own(out, own, unit)
-        near = out <= self.floor * unit if out.amin() <= self.floor * unit else None  # hardly ever
-        if near is not None:
-            out.clamp_(min=self.floor * unit)
-        if self.gamma == 1 and self.outer == 1:  # x^(γ/2 - 1) is -1 / log2 k, and needs no memory
-            out.sqrt_().neg_()
-            _fill_own(out, own, EXCLUDED)
-            return out, lambda s: (_without(s.div_(out).neg_(), near), None)
-        power = out.pow(self.gamma / 2 - 1)
-        out.mul_(power).mul_(-self.outer)
-        _fill_own(out, own, EXCLUDED)
-        return out, lambda s: (_without(s.mul_(power), near), None)
-
-
-def _without(s: Tensor, some: Tensor | None) -> Tensor:
-    return s if some is None else s.masked_fill_(some, 0)
-
-
-class Elementwise:
-    """Any function of dot products and squared distances, by autograd: many more passes over a tile."""
-
-    distances, scale, keeps, vectors = False, 1.0, False, False
-
-    def __init__(self, log_kernel: LogKernel, shifts: bool) -> None:
-        self.log_kernel, self.shifts = log_kernel, shifts
-
-    def largest(self, radius: float) -> float:
-        return math.inf
-
-    def tile(self, rows: Vectors, columns: Vectors, own: Sequence[int], out: Tensor) -> tuple[Tensor, Slope]:
-        inputs = pairs(rows, columns, own)
-        with torch.enable_grad():
-            log_k = self.log_kernel(*(t.requires_grad_() for t in inputs))
-        torch.mul(log_k.detach(), LOG2_E, out=out)
-        _fill_own(out, own, EXCLUDED)
-
-        def slope(s: Tensor) -> tuple[Tensor, Tensor | None]:
-            on_dots, on_squares = torch.autograd.grad(log_k, inputs, s, allow_unused=True, materialize_grads=True)
-            return on_dots - 2 * on_squares, on_squares
-
-        return out, slope
+def _split(start: int, stop: int, most: int) -> list[tuple[int, int]]:
+    """A range in equal parts no longer than `most`."""
+    parts = -(-(stop - start) // most)
+    cuts = [start + (stop - start) * part // parts for part in range(parts)] + [stop]
+    return list(pairwise(cuts))
 
 
 def pairs(rows: Vectors, columns: Vectors, own: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Dot products and squared distances, harmless ones on the diagonals `own`."""
+    """Dot products and squared distances of a tile, harmless ones on the diagonals `own`."""
     dot = rows.z @ columns.z.mT
     squared_distance = (rows.squares[..., :, None] + columns.squares[..., None, :] - 2 * dot).clamp_(min=0)
-    _fill_own(dot, own, 0)
-    _fill_own(squared_distance, own, 1)
+    fill_own(dot, own, 0)
+    fill_own(squared_distance, own, 1)
     return dot, squared_distance
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+class _Buffers(threading.local):
+    """A thread's buffers on the CPU, which live on: fresh memory comes page by page, and takes longer than the products
+    of a tile. Elsewhere torch itself keeps what was freed."""
+
+    def __init__(self) -> None:
+        self.idle: dict[str, Tensor] = {}
+
+    def take(self, name: str, numbers: int, like: Tensor) -> Tensor:
+        """That many numbers of the kind of `like`, of any value."""
+        found = self.idle.pop(name, None) if like.device.type == "cpu" else None
+        if found is None or found.dtype != like.dtype or found.numel() < numbers or found.is_inference():
+            found = like.new_empty(numbers)
+        return found
+
+    def give_back(self, name: str, buffer: Tensor) -> None:
+        if buffer.device.type == "cpu":
+            self.idle[name] = buffer
+
+    @contextmanager
+    def lent(self, numbers: int, like: Tensor) -> Iterator[Tensor]:
+        buffer = self.take("lent", numbers, like)
+        yield buffer[:numbers]
+        self.give_back("lent", buffer)
+
+
+buffers = _Buffers()
 
 
 # --- the two passes -------------------------------------------------------------------------------------------------
@@ -334,7 +274,9 @@ class _LogSums(torch.autograd.Function):
         if (gradient < 0).any():
             rows_less, columns_less = work.gradients(ctx.sums, (-gradient).clamp(min=0), ctx.kept, columns_too)
             rows, columns = rows - rows_less, columns - columns_less
-        ctx.kept = []  # the loss may live on; a second pass computes them again
+        if ctx.kept is not None:  # the loss may live on; a second pass computes them again
+            buffers.give_back("kept", ctx.kept)
+            ctx.kept = None
         if ranks is not None:
             rows = ranks.sum(rows)
         return work.own(rows).view(z.shape), columns.view(z_all.shape) if ctx.needs_input_grad[1] else None, None, None
@@ -357,8 +299,8 @@ def _triton(z: Tensor, problem: Problem) -> ModuleType | None:
 
 
 def _shifted(z: Tensor, z_all: Tensor, symmetric: bool, kernel: TileKernel) -> tuple[Tensor, Tensor]:
-    """Both less the mean of all, if the kernel does not see it: |a|² + |b|² - 2 a·b then loses fewer digits."""
-    if not kernel.shifts:
+    """Both less the mean of all, if the kernel does not see it."""
+    if not kernel.of_squares:
         return z, z_all
     centre = z_all.mean(dim=(-3, -2), keepdim=True)
     columns = z_all - centre
@@ -385,26 +327,25 @@ class _Pairs:
         own = slice(self.problem.first, self.problem.first + self.batch)
         return rows.unflatten(-2, (2, -1))[..., own, :].flatten(-3, -2)
 
-    def log_sums(self, keep: bool) -> tuple[Tensor, list[Tensor]]:
-        """log2 of the sums of all rows, and the tiles' slopes times k where they are kept for the backward pass."""
+    def log_sums(self, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """log2 of the sums of all rows, and the tiles' slopes times k if they are kept for the backward pass."""
         kernel = self.problem.kernel
         rows, columns = _vectors(self.z), _vectors(self.z_all)
-        direct = self._is_direct(rows, columns)
-        keep = keep and direct and kernel.keeps and sum(map(_area, self.tiles)) <= KEPT
+        direct, all_pairs = self._is_direct(rows, columns), sum(map(_area, self.tiles))
+        keep = keep and direct and kernel.keeps and all_pairs <= KEPT
+        kept = buffers.take("kept", all_pairs, self.z) if keep else None
         sums = self.z.new_full((rows.z.shape[-2],), 0 if direct else -math.inf)
-        out, scratch, kept = self._buffer(), self._buffer(), []
-        with full_precision(self.z.device.type):
-            for tile in self.tiles:
-                log_k, slope = kernel.tile(
-                    rows.part(tile.rows), columns.part(tile.columns), tile.own, _shaped(out, tile)
-                )
+        with self._scratch(2) as (out, scratch), full_precision(self.z.device.type):
+            for tile, place in zip(self.tiles, _places(self.tiles, kept), strict=True):
+                part, other = rows.part(tile.rows), columns.part(tile.columns)
+                log_k, slope = kernel.tile(part, other, tile.own, _shaped(out, tile))
                 sides = ((1, tile.rows), (0, tile.columns))[: 1 + tile.mirrored]
                 if direct:
-                    k = torch.exp2(log_k, out=torch.empty_like(log_k) if keep else _shaped(scratch, tile))
+                    k = torch.exp2(log_k, out=_shaped(scratch, tile) if place is None else place)
                     for dim, where in sides:
                         sums[where] += k.sum(dim)
-                    if keep:
-                        kept.append(slope(k)[0])
+                    if place is not None:
+                        slope(k)
                     continue
                 for dim, where in sides:
                     most = log_k.amax(dim, keepdim=True)
@@ -412,7 +353,9 @@ class _Pairs:
                     torch.logaddexp2(sums[where], total.log2_().add_(most.view(-1)), out=sums[where])
         return sums.log2_() if direct else sums, kept
 
-    def gradients(self, sums: Tensor, upstream: Tensor, kept: list[Tensor], columns_too: bool) -> tuple[Tensor, Tensor]:
+    def gradients(
+        self, sums: Tensor, upstream: Tensor, kept: Tensor | None, columns_too: bool
+    ) -> tuple[Tensor, Tensor]:
         """Those of Σ upstream · sums, upstream at least 0, in the rows and, unless symmetric, the columns if wanted."""
         kernel, symmetric = self.problem.kernel, self.symmetric
         narrow = self.problem.precision == "bf16" and self.z_all.dtype == torch.float32
@@ -423,82 +366,74 @@ class _Pairs:
         direct = self._is_direct(rows, columns)
         level = (upstream * kernel.scale).log2_() - sums  # S = exp2(level + log2 k)
         factor = level.exp2()
-        out, weights, scratch = self._buffer(), self._buffer(), self._buffer()
-        with full_precision(self.z.device.type):
-            for number, tile in enumerate(self.tiles):
+        with self._scratch(3) as (out, weights, scratch), full_precision(self.z.device.type):
+            for tile, place in zip(self.tiles, _places(self.tiles, kept), strict=True):
                 part, other = rows.part(tile.rows), columns.part(tile.columns)
-                s = _shaped(weights, tile)
-                if direct:
-                    if kept:
-                        k, on_squares = kept[number], None
-                    else:
-                        log_k, slope = kernel.tile(part, other, tile.own, _shaped(out, tile))
-                        k, on_squares = slope(torch.exp2(log_k, out=_shaped(scratch, tile)))
-                    torch.mul(k, factor[tile.rows, None], out=s)
-                    on_dots = s.addcmul_(k, factor[tile.columns]) if symmetric else s
-                else:
+                s, both_count = _shaped(weights, tile), tile.mirrored or (columns_too and not symmetric)
+                if place is None:
                     log_k, slope = kernel.tile(part, other, tile.own, _shaped(out, tile))
+                if direct:
+                    k = torch.exp2(log_k, out=_shaped(scratch, tile)) if place is None else place
+                    torch.mul(k, factor[tile.rows, None], out=s)
+                    if symmetric:
+                        s.addcmul_(k, factor[tile.columns])
+                else:
                     torch.add(log_k, level[tile.rows, None], out=s).exp2_()
                     if symmetric:
                         s += torch.add(log_k, level[tile.columns], out=_shaped(scratch, tile)).exp2_()
-                    on_dots, on_squares = slope(s)
-                if kernel.vectors:
-                    assert on_squares is not None
-                    in_rows.products[tile.rows] += on_dots
-                    if tile.mirrored or (columns_too and not symmetric):
-                        in_columns.products[tile.columns] += on_squares
+                found = (s,) if place is not None else slope(s)
+                if kernel.of_vectors:
+                    in_rows.products[tile.rows] += found[0]
+                    if both_count:
+                        in_columns.products[tile.columns] += found[1]
                     continue
+                (on_dots,) = found
                 rounded = on_dots.bfloat16() if narrow else on_dots
-                in_rows.add(tile.rows, on_dots, rounded, on_squares, other.factors, -1)
-                if tile.mirrored or (columns_too and not symmetric):
-                    in_columns.add(tile.columns, on_dots, rounded.mT, on_squares, part.factors, -2)
+                in_rows.add(tile.rows, on_dots, rounded, other.factors, -1)
+                if both_count:
+                    in_columns.add(tile.columns, on_dots, rounded.mT, part.factors, -2)
         total = in_rows.total()
         return total, total if symmetric else in_columns.total()
 
     def _is_direct(self, rows: Vectors, columns: Vectors) -> bool:
         """Whether no sum of k needs a shift. One image has no sum."""
-        if self.total == 1 or not self.problem.kernel.keeps:
+        if self.total == 1:
             return False
         radius = torch.maximum(rows.squares.max(), columns.squares.max()).sqrt().item()
         return self.problem.kernel.largest(radius) <= SAFE
 
-    def _buffer(self) -> Tensor:
-        return self.z.new_empty(max(map(_area, self.tiles), default=0))
+    @contextmanager
+    def _scratch(self, count: int) -> Iterator[tuple[Tensor, ...]]:
+        """So many buffers, each large enough for any tile."""
+        numbers = max(map(_area, self.tiles), default=0)
+        with buffers.lent(count * numbers, self.z) as buffer:
+            yield buffer.view(count, numbers).unbind()
 
 
 class _Gradient:
-    """Of some vectors, summed tile by tile: Σ w (other - centre), Σ w, and twice Σ of the weights of squared distances.
-
-    With |a-b|² = |a|² + |b|² - 2 a·b, a weight of a squared distance is -½ of that of the dot product.
-    """
+    """Of some vectors, summed tile by tile: Σ w (other - centre), and Σ w where `total` needs it."""
 
     def __init__(self, z: Tensor, kernel: TileKernel, centre: Tensor | None) -> None:
-        self.z, self.centre, self.distances = z.flatten(-3, -2), centre, kernel.distances
+        self.z, self.centre, self.of_squares = z.flatten(-3, -2), centre, kernel.of_squares
         self.products = torch.zeros_like(self.z)
-        self.weights = self.z.new_zeros(self.z.shape[:-1]) if kernel.distances or centre is not None else None
-        self.squares: Tensor | None = None
+        self.weights = self.z.new_zeros(self.z.shape[:-1]) if kernel.of_squares or centre is not None else None
 
-    def add(
-        self, where: slice, on_dots: Tensor, rounded: Tensor, on_squares: Tensor | None, others: Tensor, dim: int
-    ) -> None:
-        if rounded.dtype == self.products.dtype and rounded.ndim == 2:
-            self.products[where].addmm_(rounded, others)
+    def add(self, where: slice, on_dots: Tensor, rounded: Tensor, others: Tensor, dim: int) -> None:
+        own = self.products[..., where, :]
+        if rounded.dtype != own.dtype:
+            own += rounded @ others
+        elif rounded.ndim == 2:
+            own.addmm_(rounded, others)
         else:
-            self.products[..., where, :] += rounded @ others
+            own.baddbmm_(rounded, others)
         if self.weights is not None:
             self.weights[..., where] += on_dots.sum(dim)
-        if on_squares is not None:
-            if self.squares is None:
-                self.squares = self.z.new_zeros(self.z.shape[:-1])
-            self.squares[..., where].add_(on_squares.sum(dim), alpha=2)
 
     def total(self) -> Tensor:
         if self.centre is not None and self.weights is not None:
             self.products.addcmul_(self.weights[..., None], self.centre[..., None, :])
-        if self.distances and self.weights is not None:
+        if self.of_squares and self.weights is not None:
             self.products.addcmul_(self.weights[..., None], self.z, value=-1)
-        if self.squares is not None:
-            self.products.addcmul_(self.squares[..., None], self.z)
         return self.products
 
 
@@ -514,3 +449,11 @@ def _area(tile: Tile) -> int:
 
 def _shaped(buffer: Tensor, tile: Tile) -> Tensor:
     return buffer[: _area(tile)].view(tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start)
+
+
+def _places(tiles: list[Tile], kept: Tensor | None) -> Iterator[Tensor | None]:
+    """Where each tile is kept."""
+    start = 0
+    for tile in tiles:
+        yield None if kept is None else _shaped(kept[start:], tile)
+        start += _area(tile)

@@ -37,7 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simclr_ddp.tiled import EXCLUDED, Cosine, Power, Problem, TileKernel
+from simclr_ddp.tile_kernels import EXCLUDED, Cosine, Power, TileKernel
+from simclr_ddp.tiled import Problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # what triton.jit makes of the kernels, once and for all
 STAGES = (1,) if INTERPRETED else (1, 2, 3)
@@ -145,7 +146,7 @@ def gradient(rows: Side, columns: Side, kernel: TileKernel, precision: str, shap
     total, weight = (t.sum(dim=0) if parts > 1 else t[0] for t in (products, weights[..., None]))
     if centre is not None:
         total.addcmul_(weight, centre)
-    if kernel.distances:
+    if kernel.of_squares:
         total.addcmul_(weight, flat, value=-1)
     return total.view(rows.z.shape)
 

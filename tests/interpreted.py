@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simclr_ddp import tiled, triton_log_sums
-from simclr_ddp.losses import Objective, _log_kernels, _tile_kernel, contrastive_loss, log_kernel, normalize
+from simclr_ddp import tile_kernels, tiled, triton_log_sums
+from simclr_ddp.losses import Objective, _log_kernels, contrastive_loss, log_kernel, normalize, tile_kernel
 from simclr_ddp.triton_log_sums import Shape, Side
 
 SHAPES = ((1, 16), (2, 16), (17, 100))  # images, width
@@ -50,7 +50,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 
 def problem(objective: Objective, first: int = 0, ranks: Any = None) -> tiled.Problem:
-    kernel, form = _tile_kernel(log_kernel(objective)), partial(exact, first=first, objective=objective)
+    kernel, form = tile_kernel(objective), partial(exact, first=first, objective=objective)
     return tiled.Problem(kernel, form, first, objective.precision, ranks, "triton")
 
 
@@ -119,7 +119,7 @@ def two_ranks(objective: Objective) -> dict[str, float]:
     upstream = torch.linspace(-1, 2, 36, dtype=torch.float64)
     expected = exact(z_all, z_all, 0, objective)
     (wanted,) = torch.autograd.grad((expected * upstream).sum(), z_all)
-    log2_sums = expected.detach() * tiled.LOG2_E
+    log2_sums = expected.detach() * tile_kernels.LOG2_E
     answer = torch.cat([log2_sums.view(2, -1), upstream.view(2, -1)]).float()
     errors = {}
     for rank, own in ((0, slice(0, 9)), (1, slice(9, 18))):
@@ -133,14 +133,14 @@ def two_ranks(objective: Objective) -> dict[str, float]:
 
 def blocks(objective: Objective) -> dict[str, float]:
     """Other blocks and several runs of columns give the same."""
-    z, kernel = views(40, 40, objective).float(), _tile_kernel(log_kernel(objective))
+    z, kernel = views(40, 40, objective).float(), tile_kernel(objective)
     expected = exact(z.double(), z.double(), 0, objective)
     assert triton_log_sums._parts(Side(z, 0), Side(z, 0), SMALL)[0] > 1
     sums = triton_log_sums.log_sums(Side(z, 0), Side(z, 0), kernel, SMALL)
     side = Side(z, 0, sums, torch.full_like(sums, 0.01))
     gradients = [triton_log_sums.gradient(side, side, kernel, "fp32", shape) for shape in (SMALL, None)]
     return {
-        "sums": error(sums / tiled.LOG2_E, expected),
+        "sums": error(sums / tile_kernels.LOG2_E, expected),
         "gradient": error(gradients[0], gradients[1].double()),
         "again": 0.0 if torch.equal(gradients[0], triton_log_sums.gradient(side, side, kernel, "fp32", SMALL)) else 1.0,
     }
@@ -172,7 +172,7 @@ def main() -> int:
         return 2
     torch.set_num_threads(1)
     cosine = torch.zeros(2, 1, 16)
-    usable = triton_log_sums.usable(cosine, tiled.Cosine(1.0))  # on a CPU it never is by itself
+    usable = triton_log_sums.usable(cosine, tile_kernels.Cosine(1.0))  # on a CPU it never is by itself
     triton_log_sums.usable = lambda z, kernel: z.dtype == torch.float32 and triton_log_sums._known(kernel)
     found: dict[str, dict[str, float]] = {"usable on a CPU": {"usable": float(usable)}}
     for name, plain in objectives().items():

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simclr_ddp import KernelInfoNCE, data, tiled
+from simclr_ddp import KernelInfoNCE, data, tile_kernels, tiled
 from simclr_ddp.distributed import CrossRankBatchNorm
-from simclr_ddp.losses import Objective, _tile_kernel, contrastive_loss, log_kernel, normalize
+from simclr_ddp.losses import Objective, contrastive_loss, normalize, tile_kernel
 from simclr_ddp.optim import make_optimizer, set_learning_rate
 from tests import processes
 from tests.ranks import Ranks
@@ -124,7 +124,7 @@ def test_what_autotuning_chooses_changes_no_bit(
     from simclr_ddp import triton_log_sums
     from simclr_ddp.triton_log_sums import STAGES, Side
 
-    z, of = embeddings(1000, width), _tile_kernel(log_kernel(Objective(kernel, 0.2)))
+    z, of = embeddings(1000, width), tile_kernel(Objective(kernel, 0.2))
     assert triton_log_sums.usable(z, of)
     results = []
     for stages in (*STAGES, STAGES[-1]):
@@ -144,7 +144,7 @@ def test_what_autotuning_chooses_changes_no_bit(
 def test_triton_does_not_wait_for_the_gpu() -> None:
     pytest.importorskip("triton")
     z = embeddings(300, 128)
-    leaf, problem = z.clone().requires_grad_(), tiled.Problem(tiled.Cosine(5.0), max, 0, "fp32", None, "triton")
+    leaf, problem = z.clone().requires_grad_(), tiled.Problem(tile_kernels.Cosine(5.0), max, 0, "fp32", None, "triton")
     for mode in ("default", "error"):  # the first call compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:

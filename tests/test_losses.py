@@ -22,9 +22,9 @@ from simclr_ddp.losses import (
     contrastive_accuracy,
     contrastive_loss,
     cosine,
+    exponential,
     gaussian,
     info_nce,
-    laplacian,
     normalize,
     spectral,
     temperature_equivalent,
@@ -656,9 +656,9 @@ def test_log_kernels_by_hand():
     assert cosine(dot, squared, 0.1).item() == pytest.approx(5)
     assert cosine(dot, squared, 0.1, 2.0).item() == pytest.approx(2.5)
     assert gaussian(dot, squared, 0.1).item() == pytest.approx(-2.5)
-    assert laplacian(dot, squared, 0.1).item() == pytest.approx(-5)
-    assert laplacian(dot, 0 * squared, 0.1).item() == pytest.approx(-0.01)  # 0.001 radii
-    assert laplacian(dot, 0 * squared, 0.1, 4.0).item() == pytest.approx(-0.02)
+    assert exponential(dot, squared, 0.1, 1.0).item() == pytest.approx(-5)
+    assert exponential(dot, 0 * squared, 0.1, 1.0).item() == pytest.approx(-0.01)  # 0.001 radii
+    assert exponential(dot, 0 * squared, 0.1, 1.0, 4.0).item() == pytest.approx(-0.02)
     assert arccos(dot, squared, 1.0, 1).item() == pytest.approx(math.log(2 * math.pi / 3))
 
 

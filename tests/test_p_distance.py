@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from simclr_ddp import KernelInfoNCE, distributed, p_distance, tiled
-from simclr_ddp.losses import Objective, _tiled_info_nce, contrastive_accuracy, contrastive_loss, info_nce, log_kernel
+from simclr_ddp import KernelInfoNCE, distributed, losses, p_distance, tile_kernels, tiled
+from simclr_ddp.losses import Objective, contrastive_accuracy, contrastive_loss, info_nce, log_kernel
 from simclr_ddp.losses import normalize as normalized
 from simclr_ddp.p_distance import PDistance, p_norm
 from tests.ranks import Ranks
@@ -86,14 +86,16 @@ def test_rows_and_columns_apart(objective: Objective) -> None:
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 1.5, 2.0, 3.0])
-def test_two_is_the_euclidean_kernel(gamma: float) -> None:
+def test_two_is_the_euclidean_kernel(gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
     y = views(11)
     y[:, 7] = y[:, 1] + 1e-5 * views(11, seed=1)[:, 1]  # within the floor of gamma < 2
     results = []
-    for kernel in (PDistance(0.1, gamma, 2.0, 1e-3), log_kernel(Objective("exponential", 0.1, gamma=gamma))):
+    for _ in ("Euclidean", "of any norm"):
         own = y.clone().requires_grad_()
         z = normalized(own)
-        value = _tiled_info_nce(z, z, 0, kernel, Objective(), None)
+        value = contrastive_loss(z, z, 0, Objective("exponential", 0.1, gamma=gamma))
+        monkeypatch.setattr(losses, "log_kernel", lambda objective: PDistance(0.1, gamma, 2.0, 1e-3))
+        monkeypatch.setattr(losses, "tile_kernel", losses.log_kernel)
         results.append((value.detach(), torch.autograd.grad(value, own)[0]))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-9, atol=0)
     assert (results[0][1] - results[1][1]).norm() <= 1e-8 * results[1][1].norm()
@@ -102,7 +104,7 @@ def test_two_is_the_euclidean_kernel(gamma: float) -> None:
 def test_maximum_norm_goes_by_the_first_of_equal_coordinates() -> None:
     rows = torch.zeros(1, 4, dtype=torch.float64)
     columns = torch.tensor([[0.1, -0.5, 0.5, 0.5], [0.5, 0.5, 0.5, -0.5]], dtype=torch.float64)
-    vectors = [tiled.Vectors(z, z.square().sum(-1), z) for z in (rows, columns)]
+    vectors = [tile_kernels.Vectors(z, z.square().sum(-1), z) for z in (rows, columns)]
     _, slope = PDistance(1.0, 1.0, math.inf, 1e-3).tile(vectors[0], vectors[1], [], torch.empty(1, 2).double())
     in_rows, in_columns = slope(torch.tensor([[1.0, 10.0]]).double())
     # log k = -|u_k|, u = -column: from column 0 through coordinate 1, where u is positive, from 1 through coordinate 0

@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.step import take_flags
-from simclr_ddp import tiled
-from simclr_ddp.losses import Objective, _tile_kernel, log_kernel, normalize
+from simclr_ddp import tile_kernels, tiled
+from simclr_ddp.losses import Objective, normalize, tile_kernel
 from simclr_ddp.metrics import peak_memory_bytes
 from simclr_ddp.products import full_precision
 from simclr_ddp.runtime import Runtime, describe
@@ -105,7 +105,7 @@ def inputs(images: int, width: int, device: torch.device) -> tuple[Tensor, Tenso
     return z.to(device), (torch.rand(2 * images, generator=generator) / (2 * images)).to(device)
 
 
-def variants(kernel: tiled.TileKernel, images: int, tiles: list[int], device: torch.device) -> dict[str, Pass]:
+def variants(kernel: tile_kernels.TileKernel, images: int, tiles: list[int], device: torch.device) -> dict[str, Pass]:
     found: dict[str, Pass] = {}
     for tile in tiles:
         if images <= 16384 or tile > 512:  # else the launches alone take seconds
@@ -129,7 +129,7 @@ def compare(
     images: int, width: int, kernel: str, tiles: list[int], device: torch.device, note: Callable[[dict[str, Any]], None]
 ) -> None:
     z, upstream = inputs(images, width, device)
-    of = _tile_kernel(log_kernel(Objective(kernel, TEMPERATURE)))
+    of = tile_kernel(Objective(kernel, TEMPERATURE))
     exact = plain(z.double(), upstream.double(), kernel=of, tile=4096)
     medians: dict[str, float] = {}
     for name, run in variants(of, images, tiles, device).items():
@@ -192,7 +192,7 @@ def measured(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def plain(z: Tensor, upstream: Tensor, *, kernel: tiled.TileKernel, tile: int) -> tuple[Tensor, Tensor]:
+def plain(z: Tensor, upstream: Tensor, *, kernel: tile_kernels.TileKernel, tile: int) -> tuple[Tensor, Tensor]:
     before, tiled.TILE = tiled.TILE, tile
     try:
         work = tiled._Pairs(z, z, True, tiled.Problem(kernel, lambda a, b: a, 0, "fp32", None))
@@ -203,7 +203,7 @@ def plain(z: Tensor, upstream: Tensor, *, kernel: tiled.TileKernel, tile: int) -
 
 
 @torch.no_grad()
-def by_triton(z: Tensor, upstream: Tensor, *, kernel: tiled.TileKernel, product: str) -> tuple[Tensor, Tensor]:
+def by_triton(z: Tensor, upstream: Tensor, *, kernel: tile_kernels.TileKernel, product: str) -> tuple[Tensor, Tensor]:
     from simclr_ddp import triton_log_sums
 
     before, triton_log_sums.PRODUCT = triton_log_sums.PRODUCT, product
@@ -218,7 +218,7 @@ def by_triton(z: Tensor, upstream: Tensor, *, kernel: tiled.TileKernel, product:
 class Compiled:
     """The symmetric tiles of `simclr_ddp.tiled`, each by a compiled function that holds all of its operations."""
 
-    def __init__(self, kernel: tiled.TileKernel, tile: int, mode: str | None) -> None:
+    def __init__(self, kernel: tile_kernels.TileKernel, tile: int, mode: str | None) -> None:
         self.kernel, self.tile = kernel, tile
         torch._dynamo.reset()  # or the many kernels and sizes exceed its limit of graphs
         # One graph for each pair of lengths, of which there are few.
@@ -257,33 +257,33 @@ class Compiled:
                 if tile.mirrored:
                     products[tile.columns] += in_columns
                     weights[tile.columns] += of_columns
-        if self.kernel.distances:
+        if self.kernel.of_squares:
             products.addcmul_(weights[:, None], flat, value=-1)
         return sums, products.view(z.shape)
 
 
-def _log2_kernel(a: Any, b: Any, kernel: tiled.TileKernel) -> tuple[Tensor, Tensor | None, Tensor]:
+def _log2_kernel(a: Any, b: Any, kernel: tile_kernels.TileKernel) -> tuple[Tensor, Tensor | None, Tensor]:
     """log2 k, EXCLUDED for pairs of one image; its slope in the dot product; pairs of one image."""
     dot, same = a[0] @ b[0].mT, a[2][:, None] == b[2]
-    if isinstance(kernel, tiled.Cosine):
-        return (dot * (kernel.scale * tiled.LOG2_E)).masked_fill(same, tiled.EXCLUDED), None, same
-    assert isinstance(kernel, tiled.Power)
+    if isinstance(kernel, tile_kernels.Cosine):
+        return (dot * (kernel.scale * tile_kernels.LOG2_E)).masked_fill(same, tile_kernels.EXCLUDED), None, same
+    assert isinstance(kernel, tile_kernels.Power)
     x = (a[1][:, None] + b[1] - 2 * dot) * kernel.unit
     if kernel.gamma == 2:
-        return (-x).masked_fill(same, tiled.EXCLUDED), None, same
+        return (-x).masked_fill(same, tile_kernels.EXCLUDED), None, same
     near, x = x <= kernel.floor * kernel.unit, x.clamp(min=kernel.floor * kernel.unit)
     power = x.rsqrt() if kernel.gamma == 1 else x.pow(kernel.gamma / 2 - 1)
-    return (-x * power).masked_fill(same, tiled.EXCLUDED), power.masked_fill(near, 0), same
+    return (-x * power).masked_fill(same, tile_kernels.EXCLUDED), power.masked_fill(near, 0), same
 
 
-def _forward_tile(a: Any, b: Any, *, kernel: tiled.TileKernel) -> tuple[Tensor, Tensor]:
+def _forward_tile(a: Any, b: Any, *, kernel: tile_kernels.TileKernel) -> tuple[Tensor, Tensor]:
     log_k, _, _ = _log2_kernel(a, b, kernel)
     most, highest = log_k.amax(dim=1), log_k.amax(dim=0)
     of_rows = most + (log_k - most[:, None]).exp2().sum(dim=1).log2()
     return of_rows, highest + (log_k - highest).exp2().sum(dim=0).log2()
 
 
-def _backward_tile(a: Any, b: Any, *, kernel: tiled.TileKernel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_tile(a: Any, b: Any, *, kernel: tile_kernels.TileKernel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     log_k, slope, same = _log2_kernel(a, b, kernel)
     w = a[4][:, None] * (log_k - a[3][:, None]).exp2() + b[4] * (log_k - b[3]).exp2()
     w = (w if slope is None else w * slope).masked_fill(same, 0)
@@ -299,7 +299,7 @@ def sweep(width: int, images: int, device: torch.device, note: Callable[[dict[st
     from simclr_ddp.triton_log_sums import Shape, Side
 
     z, upstream = inputs(images, width, device)
-    kernel = _tile_kernel(log_kernel(Objective("cosine", TEMPERATURE)))
+    kernel = tile_kernel(Objective("cosine", TEMPERATURE))
     found: list[tuple[float, Shape]] = []
     shapes = [Shape(*numbers) for numbers in product((32, 64, 128), (32, 64, 128), (32,), (4, 8))]
     for shape in shapes if device.type == "cuda" else shapes[:1]:
