@@ -109,6 +109,9 @@ class Loss:
         high=math.inf,
     )
     precision: str = option("fp32", "of the gradient's products; bf16: off by 1e-4 to 3e-3 of it", ("fp32", "bf16"))
+    gather: str = option(
+        "fp32", "what ranks send; bf16: half the bytes, embeddings rounded to 8 bits", ("fp32", "bf16")
+    )
     radius: float = option(1.0, "radius of that sphere", low=1e-6)
 
 

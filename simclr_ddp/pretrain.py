@@ -183,6 +183,7 @@ def make_objective(settings: Pretrain) -> KernelInfoNCE:
         norm_p=loss.norm_p,
         distance_p=loss.distance_p,
         precision=loss.precision,
+        gather=loss.gather,
     )
 
 

@@ -30,6 +30,8 @@ MEMBERS: dict[str, dict] = {
     "concat_sum, loss level": {"mix_level": "loss", "mix_weight": 0.3},
     "arccos": {"order": 2},
     "spectral": {"radius": 2.0},
+    "cosine, sent in bf16": {"gather": "bf16"},
+    "laplacian, sent in bf16": {"gather": "bf16"},
 }
 
 
@@ -103,6 +105,43 @@ def test_one_rank_is_the_cross_entropy_of_the_masked_matrix(by_world_size: dict)
     torch.testing.assert_close(
         alone["parameters"], {k: p.grad for k, p in model.named_parameters()}, rtol=1e-12, atol=0
     )
+
+
+def bytes_sent(gather: str) -> list[int]:
+    sent, of_all = [], distributed.of_all
+
+    def counted(values: Tensor) -> list[Tensor]:
+        sent.append(values.nbytes)
+        return of_all(values)
+
+    distributed.of_all = counted
+    try:
+        y = two_views()[:, distributed.own_slice(IMAGES)].float()
+        KernelInfoNCE(gather=gather)(y[0], y[1])
+    finally:
+        distributed.of_all = of_all
+    return sent
+
+
+def test_embeddings_are_sent_in_half_the_bytes(ranks: Ranks) -> None:
+    wide, narrow = (ranks.run(2, bytes_sent, gather)[0] for gather in ("fp32", "bf16"))
+    assert wide[0] == 2 * IMAGES // 2 * INPUT * 4 == 2 * narrow[0]
+    assert wide[1:] == narrow[1:] == [4 * 2 * IMAGES]  # the sums
+
+
+@pytest.mark.parametrize("kernel", ["cosine", "laplacian"])
+def test_what_is_sent_in_bf16_is_near(kernel: str) -> None:
+    """Rounded, which shows, by about what the docstring says."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(256, 128, generator=generator)
+    y = torch.stack([first, first + 0.75 * torch.randn(256, 128, generator=generator)])
+    found = []
+    for gather in ("fp32", "bf16"):
+        own = y.clone().requires_grad_()
+        loss = KernelInfoNCE(kernel, 0.1, gather=gather)(own[0], own[1])
+        found.append((loss.item(), torch.autograd.grad(loss, own)[0]))
+    assert 1e-7 < abs(found[1][0] / found[0][0] - 1) < 1e-3
+    assert 1e-4 < (found[1][1] - found[0][1]).norm() / found[0][1].norm() < 1e-2
 
 
 # --- the defects, shown to be larger than the tolerance -------------------------------------------------------------
@@ -244,7 +283,7 @@ def test_every_setting_reaches_the_objective() -> None:
     given = {"kernel": "simple_sum", "temperature": 0.3, "gamma": 1.5, "mix_weight": 0.4, "mix_level": "loss"}
     given |= {"second_temperature": 0.7, "order": 2, "radius": 3.0, "norm_p": 4.0, "precision": "bf16"}
     given |= {"distance_p": 2.0, "backend": "triton"}
-    assert set(given) == set(inspect.signature(KernelInfoNCE).parameters)
+    assert {*given, "gather"} == set(inspect.signature(KernelInfoNCE).parameters)
     wanted = {k: v for k, v in given.items() if k != "radius"} | {"squared_radius": 9.0}
     assert KernelInfoNCE(**given).objective == Objective(**wanted)  # type: ignore[arg-type]
     assert KernelInfoNCE("laplacian", distance_p=3.0).objective == Objective("laplacian", distance_p=3.0)
@@ -263,6 +302,8 @@ def test_every_setting_reaches_the_objective() -> None:
         ({"radius": 0.0}, "radius"),
         ({"radius": -1.0}, "radius"),
         ({"norm_p": 0.5}, "norm_p"),
+        ({"gather": "fp16"}, "gather is 'fp16': choose one of fp32, bf16"),
+        ({"gather": "bf16", "kernel": "spectral"}, "spectral sends a gradient"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict, message: str) -> None:
