@@ -39,7 +39,7 @@ class TileKernel(Protocol):
                 their digits in |a|² + |b|² - 2 a·b
     of_vectors  its slope turns weights into their part of the gradient in the rows [n, D] and in the columns [m, D]
     scale       factor of all slopes, left out of them
-    keeps       a slope is one tile, fit to be kept
+    keeps       a slope is one tile, in place of its weights, and fit to be kept
     """
 
     of_squares: bool

@@ -330,7 +330,7 @@ class _Pairs:
     def log_sums(self, keep: bool) -> tuple[Tensor, Tensor | None]:
         """log2 of the sums of all rows, and the tiles' slopes times k if they are kept for the backward pass."""
         kernel = self.problem.kernel
-        rows, columns = _vectors(self.z), _vectors(self.z_all)
+        rows, columns = self._sides()
         direct, all_pairs = self._is_direct(rows, columns), sum(map(_area, self.tiles))
         keep = keep and direct and kernel.keeps and all_pairs <= KEPT
         kept = buffers.take("kept", all_pairs, self.z) if keep else None
@@ -360,28 +360,16 @@ class _Pairs:
         kernel, symmetric = self.problem.kernel, self.symmetric
         narrow = self.problem.precision == "bf16" and self.z_all.dtype == torch.float32
         centre = self.z_all.mean(dim=(-3, -2)) if narrow else None  # less is lost of what the vectors have in common
-        rows, columns = _vectors(self.z, centre, narrow), _vectors(self.z_all, centre, narrow)
+        rows, columns = self._sides(centre, narrow)
         in_rows = _Gradient(self.z, kernel, centre)
         in_columns = in_rows if symmetric else _Gradient(self.z_all, kernel, centre)
-        direct = self._is_direct(rows, columns)
-        level = (upstream * kernel.scale).log2_() - sums  # S = exp2(level + log2 k)
-        factor = level.exp2()
-        with self._scratch(3) as (out, weights, scratch), full_precision(self.z.device.type):
+        level = (upstream * kernel.scale).log2_() - sums
+        factor = level.exp2() if self._is_direct(rows, columns) else None
+        with self._scratch(3) as scratch, full_precision(self.z.device.type):
             for tile, place in zip(self.tiles, _places(self.tiles, kept), strict=True):
                 part, other = rows.part(tile.rows), columns.part(tile.columns)
-                s, both_count = _shaped(weights, tile), tile.mirrored or (columns_too and not symmetric)
-                if place is None:
-                    log_k, slope = kernel.tile(part, other, tile.own, _shaped(out, tile))
-                if direct:
-                    k = torch.exp2(log_k, out=_shaped(scratch, tile)) if place is None else place
-                    torch.mul(k, factor[tile.rows, None], out=s)
-                    if symmetric:
-                        s.addcmul_(k, factor[tile.columns])
-                else:
-                    torch.add(log_k, level[tile.rows, None], out=s).exp2_()
-                    if symmetric:
-                        s += torch.add(log_k, level[tile.columns], out=_shaped(scratch, tile)).exp2_()
-                found = (s,) if place is not None else slope(s)
+                found = self._slopes(tile, part, other, level, factor, place, [_shaped(b, tile) for b in scratch])
+                both_count = tile.mirrored or (columns_too and not symmetric)
                 if kernel.of_vectors:
                     in_rows.products[tile.rows] += found[0]
                     if both_count:
@@ -394,6 +382,38 @@ class _Pairs:
                     in_columns.add(tile.columns, on_dots, rounded.mT, part.factors, -2)
         total = in_rows.total()
         return total, total if symmetric else in_columns.total()
+
+    def _slopes(
+        self,
+        tile: Tile,
+        rows: Vectors,
+        columns: Vectors,
+        level: Tensor,
+        factor: Tensor | None,
+        place: Tensor | None,
+        scratch: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """What the kernel's slope makes of the tile's weights S = 2^level k, or factor k if sums are direct."""
+        kernel, (out, s, other) = self.problem.kernel, scratch
+        if place is None:
+            log_k, slope = kernel.tile(rows, columns, tile.own, out)
+        if factor is None:
+            torch.add(log_k, level[tile.rows, None], out=s).exp2_()
+            if self.symmetric:
+                s += torch.add(log_k, level[tile.columns], out=other).exp2_()
+            return slope(s)
+        if place is None:
+            place = torch.exp2(log_k, out=other)
+            if kernel.keeps:
+                slope(place)  # before it is multiplied, so that bits are those of what is kept
+        torch.mul(place, factor[tile.rows, None], out=s)
+        if self.symmetric:
+            s.addcmul_(place, factor[tile.columns])
+        return (s,) if kernel.keeps else slope(s)
+
+    def _sides(self, centre: Tensor | None = None, narrow: bool = False) -> tuple[Vectors, Vectors]:
+        rows = _vectors(self.z, centre, narrow)
+        return rows, rows if self.symmetric else _vectors(self.z_all, centre, narrow)
 
     def _is_direct(self, rows: Vectors, columns: Vectors) -> bool:
         """Whether no sum of k needs a shift. One image has no sum."""
