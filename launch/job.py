@@ -15,8 +15,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -65,13 +67,15 @@ def run(job: Job) -> None:
     job_id, node = ranks._job_env.job_id, ranks._job_env.hostnames[ranks._job_env.node]
     note, newest, main = job.folder / f"{job_id}.again", job.folder / f"{job_id}.start", ranks.rank == 0
     try:
+        if ranks.local_rank == 0:
+            check_writable(job.folder, node)
         if main:
             newest.write_text(str(start))
             if start:
                 _wait_for_the_start_before(job, lambda: bool(told))
         if ranks.local_rank == 0:
             _check_gpus(job.gpus, node)
-        _meet(job, ranks, job.folder / f"{job_id}-{start}.address", lambda: bool(told))
+        held = _meet(job, ranks, job.folder / f"{job_id}-{start}.address", lambda: bool(told))
     except ConnectionAbortedError:
         noted = _read(note)
         _pause(note, NOT_MET, main)  # first, as little time may be left
@@ -89,6 +93,8 @@ def run(job: Job) -> None:
     if told:
         child[0].send_signal(signal.SIGTERM)
     status = _wait(child[0], newest, start) if ranks.local_rank == 0 else child[0].wait()
+    if held is not None:
+        held.close()
     if status == PAUSED or (told and status):
         limit = signal.SIGUSR1 in told and time.monotonic() - began > job.time_limit - job.warning - 60
         # Only a run of pretrain says how far it has come; another command that ends with PAUSED is believed.
@@ -140,6 +146,20 @@ def _is_held(path: Path) -> bool:
     return False
 
 
+def check_writable(folder: Path, machine: str, make: bool = False) -> None:
+    """ValueError naming both if no file can be made in the folder; with `make`, make that first if need be."""
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{machine} can't write to {folder} ({error.strerror}): run_dir=... is wanted on a file system that all "
+            "nodes can write to"
+        ) from error
+
+
 def _check_gpus(wanted: int, node: str) -> None:
     """ValueError if torch does not see the GPUs that the job has asked for: it would go on, slowly, without them."""
     if not wanted:
@@ -153,18 +173,20 @@ def _check_gpus(wanted: int, node: str) -> None:
         )
 
 
-def _meet(job: Job, ranks: Any, file: Path, stop: Callable[[], bool]) -> None:
-    """Make MASTER_ADDR and MASTER_PORT those of a free port that every node reaches."""
-    nodes = list(ranks._job_env.hostnames)
+def _meet(job: Job, ranks: Any, file: Path, stop: Callable[[], bool]) -> socket.socket | None:
+    """Make MASTER_ADDR and MASTER_PORT those of a free port that every node reaches; rank 0 is given what holds it."""
+    nodes, held = list(ranks._job_env.hostnames), None
     if ranks.rank == 0:
         for old in job.folder.glob(f"{ranks._job_env.job_id}-*.address"):
             old.unlink()
         address = nodes[0] if len(nodes) > 1 else "127.0.0.1"
-        port = meeting.host(file, address, ranks.master_port, nodes, job.arrival, stop)
+        held = meeting.host(file, address, ranks.master_port, nodes, job.arrival, stop)
+        port = held.getsockname()[1]
     else:
         connect = ranks.local_rank == 0
         address, port = meeting.join(file, nodes[ranks._job_env.node], connect, job.arrival, stop)
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    return held
 
 
 def _record_start(job: Job, job_id: str, start: int, nodes: list[str], after: str) -> None:

@@ -11,16 +11,33 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+REACH = 30.0  # seconds in which a node must reach the first, at most half of those in which they meet
 
-def host(file: Path, address: str, port: int, nodes: list[str], seconds: float, stop: Callable[[], bool]) -> int:
+
+def host(
+    file: Path, address: str, port: int, nodes: list[str], seconds: float, stop: Callable[[], bool]
+) -> socket.socket:
     """On rank 0: publish the port, or a free one if it is taken, in the file, and wait for the other nodes.
 
     nodes  names of all, rank 0's own first
     stop   tells whether to give up, with ConnectionAbortedError
 
-    Returns the port, which is free again. Raises ConnectionError naming the nodes that did not come.
+    Returns a socket that holds the port until it is closed: others are not given it, and torch, which says that it
+    shares it (SO_REUSEADDR), can listen there. Raises ConnectionError naming the nodes that did not come.
     """
-    server = _listen(port)
+    held, server = _listen(port)
+    try:
+        _await_nodes(server, file, address, nodes, seconds, stop)
+    except BaseException:
+        held.close()
+        raise
+    return held
+
+
+def _await_nodes(
+    server: socket.socket, file: Path, address: str, nodes: list[str], seconds: float, stop: Callable[[], bool]
+) -> None:
+    """Until all are there, and have been told so; closes the server."""
     with server, ExitStack() as guests:
         server.settimeout(0.5)
         port = server.getsockname()[1]
@@ -45,13 +62,13 @@ def host(file: Path, address: str, port: int, nodes: list[str], seconds: float, 
                 continue
         for guest in came:
             _say_go(guest)
-    return port
 
 
 def join(file: Path, node: str, connect: bool, seconds: float, stop: Callable[[], bool]) -> tuple[str, int]:
     """On all other ranks: the address and port of rank 0; one rank of each node connects, and waits for the others.
 
-    Raises ConnectionError naming this node and what it can't do.
+    Raises ConnectionError naming this node and what it can't do, before rank 0 gives up and all are ended: a firewall
+    that drops packets would else be told of by nobody.
     """
     end = time.monotonic() + seconds
     while not file.exists():
@@ -71,17 +88,21 @@ def join(file: Path, node: str, connect: bool, seconds: float, stop: Callable[[]
             f"{node} can't resolve {address}, the name of the first node ({error.strerror or error}): the cluster's "
             f"DNS or /etc/hosts must know it; exclude={node} does without this node"
         ) from error
+    reach = min(REACH, seconds / 2)
+    last = time.monotonic() + reach
     while connect:
         _check(stop)
+        reached = False
         try:
-            with socket.create_connection((address, port), timeout=5) as server:
+            with socket.create_connection((address, port), timeout=min(5, reach)) as server:
+                reached = True
                 server.sendall(node.encode())
                 server.settimeout(max(1.0, end - time.monotonic()))
                 if server.recv(2) == b"go":
                     break
             raise ConnectionResetError("closed by the first node")
         except OSError as error:
-            if time.monotonic() > end or isinstance(error, ConnectionResetError):
+            if time.monotonic() > (end if reached else last) or isinstance(error, ConnectionResetError):
                 raise ConnectionError(
                     f"{node} can't reach the first node at {address}:{port} ({error.strerror or error}): the first "
                     "node's log may say why; else a firewall is between them, or the name means another network"
@@ -90,14 +111,20 @@ def join(file: Path, node: str, connect: bool, seconds: float, stop: Callable[[]
     return address, port
 
 
-def _listen(port: int) -> socket.socket:
-    """On that port, or on any free one."""
+def _listen(port: int) -> tuple[socket.socket, socket.socket]:
+    """A socket that holds that port, or any free one, and another that listens there."""
+    both = socket.has_dualstack_ipv6()
     for attempt in (port, 0):
+        held = socket.socket(socket.AF_INET6 if both else socket.AF_INET)
         try:
-            if socket.has_dualstack_ipv6():
-                return socket.create_server(("", attempt), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-            return socket.create_server(("", attempt), backlog=1024)
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if both:
+                held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            held.bind(("", attempt))
+            address = ("", held.getsockname()[1])
+            return held, socket.create_server(address, family=held.family, dualstack_ipv6=both, backlog=1024)
         except OSError:
+            held.close()
             if attempt == 0:
                 raise
     raise AssertionError

@@ -36,7 +36,7 @@ class Sweep:
     startup_trials: int = option(5, "median: trials that finish before any is ended early", low=1)
     reduction: int = option(2, "halving: one trial of so many goes on to so many times the epochs", low=2)
     at_once: int = option(0, "trials side by side; 0: one a device, or one; of SLURM jobs all", low=0)
-    devices: list[str] = option([], "CUDA devices to share out, for example [0, 1]; empty: as torch finds them")
+    devices: list[str] = option([], "CUDA devices to share out, for example [0, 1]; empty: all that there are")
     slurm: str = option("", "config of launch.slurm: trials are its jobs; empty: processes of this machine")
     sweep_dir: str = option("", "output; empty: runs/sweep/<name>")
     storage: str = option("", "Optuna's journal, which several sweeps may share; empty: SWEEP_DIR/optuna.journal")

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch import job, snapshot, template
 from simclr_ddp import cli, config
@@ -39,6 +39,8 @@ POLL = 3.0  # seconds between two looks at a job
 PROGRESS = 'cat "$run_dir/checkpoints/latest" 2>/dev/null'  # of the batch script: what was saved last
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 ENDED |= {"DEADLINE", "REVOKED", "UNKNOWN"}
+NO_LOG = 128 + 53  # exit status of a job whose node can't open its log, by SLURM's convention
+LOST = 3  # starts in a row that may lose a node before anything is saved
 
 
 @dataclass
@@ -65,6 +67,28 @@ class Slurm:
     container: str = option("", "image for srun's --container-image (pyxis); its python3 runs, or what python names")
     srun: list[str] = option([], "more arguments of srun, for example [--container-mounts=/data:/data]")
     python: list[str] = option([], "for example [apptainer, exec, --nv, IMAGE, python3]; empty: this Python")
+
+
+# Of the batch script. Whether the job is queued again; see _queue_again.
+COMES_BACK = f"""\
+comes_back() {{
+  case "$1, $2" in
+    pause,* | preemption,* | "node failure, saved") return 0 ;;
+    "node failure, nothing") [ "$3" -le {LOST} ] ;;
+    *) return 1 ;;
+  esac
+}}"""
+# The last line before the command: code that a line of `setup` puts on the path comes behind the snapshot.
+SNAPSHOT_FIRST = 'export PYTHONPATH="$run_code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1'
+
+
+class State(NamedTuple):
+    """What SLURM says of a job."""
+
+    name: str  # empty while SLURM does not answer
+    status: int = 0  # exit status
+    reason: str = ""  # why it waits, or has failed
+    node: str = ""  # on which its batch script runs
 
 
 @dataclass(frozen=True)
@@ -176,7 +200,7 @@ def parameters(settings: Slurm, plans: list[Plan], at_once: int = 0) -> dict[str
         "exclude": settings.exclude,
         "dependency": settings.dependency,
         "comment": settings.comment,
-        "setup": [*_places(plans, at_once), *_exports(settings), *settings.setup],
+        "setup": [*_places(plans, at_once), *_exports(settings), *settings.setup, SNAPSHOT_FIRST],
         "teardown": _queue_again(),
         "stderr_to_stdout": True,
         "use_srun": False,  # submitit's has no shell variables; see _srun
@@ -233,12 +257,12 @@ def _submit(settings: Slurm, plans: list[Plan], at_once: int = 0) -> str:
     import submitit
     from submitit.core.utils import DelayedSubmission, JobPaths, temporary_save_path
 
-    for tool in ("sbatch", "srun", "scontrol"):
+    for tool in ("sbatch", "srun", "scontrol", "squeue"):
         if shutil.which(tool) is None:
             raise ValueError(f"no SLURM on this machine ({tool} is not there): --local runs the command without it")
     own, plans = plans, _sharing(plans)
     for before, plan in zip(own, plans, strict=True):
-        plan.folder.mkdir(parents=True, exist_ok=True)
+        job.check_writable(plan.folder, "this machine", make=True)
         _write_copies(plan)
         if before.code != plan.code:
             snapshot.link(before.code, plan.code)
@@ -294,38 +318,70 @@ def describe(settings: Slurm, plan: Plan) -> job.Job:
 def follow(job_id: str, folder: Path) -> int:
     """Print rank 0's log, and what other ranks say is wrong, until the job is over; returns its exit status."""
     shown: dict[Path, int] = {}
-    now, told = "", ""
+    told = ""
     try:
         while True:
-            now, status = state(job_id)
+            now = state(job_id)
             for line in _new_lines(folder, job_id, shown):
                 print(line, flush=True)
-            if now not in ("", "RUNNING", "COMPLETING", "CONFIGURING", told):
-                told = now
-                print(f"job {job_id} is {now}", flush=True)
-            if now in ENDED:
-                return 0 if now == "COMPLETED" else status or 1
+            text = f"{now.name} ({now.reason})" if now.name == "PENDING" and now.reason else now.name
+            if text not in ("", "RUNNING", "COMPLETING", "CONFIGURING", told):
+                told = text
+                print(f"job {job_id} is {text}", flush=True)
+            if now.name in ENDED:
+                if why := unwritable(now, folder):
+                    print(why, flush=True)
+                return 0 if now.name == "COMPLETED" else now.status or 1
             time.sleep(POLL)
     except KeyboardInterrupt:
         print(f"\njob {job_id} goes on without being followed: scancel {job_id} ends it", flush=True)
         return 130
 
 
-def state(job_id: str) -> tuple[str, int]:
-    """(state, exit status) by SLURM's word, "" while it does not answer; of a job long ended by its accounting's."""
+def state(job_id: str) -> State:
+    """What SLURM says of a job; of one long ended, what its accounting says."""
     shown = subprocess.run(["scontrol", "-o", "show", "job", job_id], capture_output=True, text=True, check=False)
-    found = re.search(r"JobState=(\w+).* ExitCode=(\d+):(\d+)", shown.stdout)
+    found = re.search(r"JobState=(\w+)(?: Reason=(\S+))?.* ExitCode=(\d+):(\d+)", shown.stdout)
     if found is None and "Invalid job id" in shown.stderr:
         asked = ["sacct", "-X", "-n", "-P", "-o", "State,ExitCode", "-j", job_id]
         if shutil.which(asked[0]) is None:  # a cluster without accounting
-            return "UNKNOWN", 1
+            return State("UNKNOWN", 1)
         shown = subprocess.run(asked, capture_output=True, text=True, check=False)
-        found = re.search(r"(\w+).*\|(\d+):(\d+)", shown.stdout)
+        found = re.search(r"(\w+)()[^|]*\|(\d+):(\d+)", shown.stdout)
         if found is None:
-            return "UNKNOWN", 1
+            return State("UNKNOWN", 1)
     if found is None:
-        return "", 0
-    return found[1], int(found[2]) or (128 + int(found[3]) if int(found[3]) else 0)
+        return State("")
+    name, reason, status, by_signal = found.groups()
+    node = re.search(r" BatchHost=(\S+)", shown.stdout)
+    return State(
+        name,
+        int(status) or (128 + int(by_signal) if int(by_signal) else 0),
+        "" if reason in (None, "None") else reason,
+        node[1] if node else "",
+    )
+
+
+def states(job_ids: list[str]) -> dict[str, State]:
+    """The `state` of each of many jobs: SLURM is asked once for all that are queued, and once for each that is not."""
+    if not job_ids:
+        return {}
+    asked = ["squeue", "-h", "-r", "-o", "%i %T", "-j", ",".join(job_ids)]
+    shown = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if shown.returncode and "Invalid job id" not in shown.stderr:  # which it says if none is
+        return dict.fromkeys(job_ids, State(""))
+    queued = {job_id: State(name) for job_id, name in map(str.split, shown.stdout.splitlines())}
+    return {job_id: queued.get(job_id) or state(job_id) for job_id in job_ids}
+
+
+def unwritable(ended: State, folder: Path) -> str:
+    """The error of a job that could not write its log, and so can't tell; empty if it could."""
+    if ended.status != NO_LOG:
+        return ""
+    return (
+        f"error: {ended.node or 'the first node'} can't write the job's log into {folder}: run_dir=... is wanted on a "
+        "file system that all nodes can write to"
+    )
 
 
 def _new_lines(folder: Path, job_id: str, shown: dict[Path, int]) -> Iterator[str]:
@@ -434,10 +490,8 @@ def _places(plans: list[Plan], at_once: int) -> list[str]:
 
 
 def _exports(settings: Slurm) -> list[str]:
-    inherited = os.environ.get("PYTHONPATH")
-    path = '"$run_code"' + (shlex.quote(os.pathsep + inherited) if inherited else "")
-    others = _other_variables(settings)
-    return [f"export PYTHONPATH={path}", *(f"export {k}={shlex.quote(v)}" for k, v in others.items())]
+    wanted = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | _other_variables(settings)
+    return [f"export {name}={shlex.quote(value)}" for name, value in wanted.items()]
 
 
 def _other_variables(settings: Slurm) -> dict[str, str]:
@@ -462,25 +516,43 @@ def _queue_again() -> list[str]:
     """The end of the batch script: queue the job again if its ranks have paused or one of its nodes has gone.
 
     This is not done by a rank: in a container there is no scontrol, and not after a node failure, of which SLURM itself
-    hears later than the other ranks do. Where a node only seems to have gone, the job must have saved something since
-    its start, or it would come back for ever. Of scancel this script dies at once, so a cancelled job stays away.
+    hears later than the other ranks do. Of scancel this script dies at once, so a cancelled job stays away.
+
+    The shell function `comes_back` is the rule; its arguments are the columns of its table:
+
+    what ended the start       saved since its begin   starts in a row that lost a node, this one too   queued again
+                                                       and saved nothing
+    pause, preemption          either                  any                                              yes
+    node failure               saved                   -                                                yes
+    node failure               nothing                 up to LOST                                       yes
+    node failure               nothing                 more                                             no
+    command (done or failed)   either                  any                                              no
+
+    Without the bound a job that fails at its start where a node only seems to have gone would come back for ever.
     """
     probe = 'timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --output=/dev/null true'
     return [
         "status=$?",
-        'note="$run_folder/$run_job.again"',
-        'if [ "$status" -eq 0 ] && [ -e "$note" ]; then again=1',
+        *COMES_BACK.splitlines(),
+        'note="$run_folder/$run_job.again" lost="$run_folder/$run_job.lost" ended=command saved=saved',
+        f'[ "$before" != "$({PROGRESS})" ] || saved=nothing',
+        'if [ "$status" -eq 0 ]; then [ ! -e "$note" ] || ended=pause',
         "# Told to stop before it could listen: 128 + USR1, 128 + TERM.",
-        'elif [ "$status" -eq 138 ] || [ "$status" -eq 143 ]; then again=1; reason=preemption',
-        f'elif [ "$status" -ne 0 ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && [ "$before" != "$({PROGRESS})" ] && '
-        f"! {probe}; then",
-        '  again=1; reason="node failure"; echo "a node has gone: the job is queued again"',
+        'elif [ "$status" -eq 138 ] || [ "$status" -eq 143 ]; then ended=preemption',
+        f'elif [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && ! {probe}; then ended="node failure"',
         "fi",
-        '[ -n "$again" ] || exit "$status"',
+        '[ "$saved" = nothing ] || rm -f "$lost"',
+        '[ "$ended" != "node failure" ] || [ "$saved" = saved ] || echo >>"$lost"',
+        'if ! comes_back "$ended" "$saved" "$(cat "$lost" 2>/dev/null | wc -l)"; then',
+        '  [ "$ended" = command ] || echo "error: a node has gone before anything was saved, as in the starts before: '
+        'the job is not queued again"',
+        '  exit "$status"',
+        "fi",
+        '[ "$ended" != "node failure" ] || echo "a node has gone: the job is queued again"',
         "# SLURM has queued it again, and has lost sight of this start.",
         """restarts=$(scontrol -o show job "$run_job" 2>/dev/null | grep -o 'Restarts=[0-9]*')""",
         'case "$restarts" in "" | "Restarts=${SLURM_RESTART_COUNT:-0}") ;; *) exit "$status" ;; esac',
-        '[ -z "$reason" ] || echo "$reason" >"$note"',
+        '[ "$ended" = pause ] || echo "$ended" >"$note"',
         f'sed -i "s/^{job.REQUEUED}$/preemption/" "$note"',
         'exec scontrol requeue "$run_job"',
     ]

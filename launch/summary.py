@@ -86,8 +86,9 @@ def find_runs(folders: list[str]) -> list[Path]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder: run directories, or folders that hold some, are wanted")
-        inside = [] if _is_run(folder) else sorted({p.parent for p in folder.glob("**/config.yaml")})
-        inside += [] if _is_run(folder) else sorted({p.parent for p in folder.glob(f"**/{SETTINGS}")} - set(inside))
+        names = () if _is_run(folder) else ("config.yaml", SETTINGS)
+        inside = {path.parent for name in names for path in folder.glob(f"**/{name}")}
+        inside = {run for run in inside if not inside & set(run.parents)}  # a job keeps copies in its run directory
         found |= dict.fromkeys(sorted(inside) or [folder])
     if not found:
         raise ValueError("no runs are named: python -m launch.summary runs/a runs/b, or the folder of a sweep")
@@ -134,7 +135,7 @@ def pivot(runs: list[Run], settings: Summary) -> Pivot:
     asked = {name: [k.strip() for k in text.split(",") if k.strip()] for name, text in vars(settings).items()}
     for key in asked["rows"] + asked["columns"]:
         if key not in known:
-            config.checked(Pretrain, "rows or columns", key, None)  # says which is near
+            _refuse(key, runs)
     deciding = config.result_keys(Pretrain())
     differing = {
         key: found
@@ -158,6 +159,20 @@ def pivot(runs: list[Run], settings: Summary) -> Pivot:
     shared = [some for cell in cells.values() for some in cell.values()]
     mixed = [key for key in differing if any(len({r.settings[key] for r in some}) > 1 for some in shared)]
     return Pivot(value, rows, columns, cells, mixed)
+
+
+def _refuse(key: str, runs: list[Run]) -> None:
+    """ValueError for a key that is no option: which is near, and which there are, as an axis of a grid is none."""
+    keys = ", ".join(_differing(runs))
+    try:
+        config.checked(Pretrain, "rows or columns", key, None)
+    except ValueError as error:
+        raise ValueError(f"{error}{f'; the runs differ in {keys}' if keys else ''}") from None
+
+
+def _differing(runs: list[Run]) -> list[str]:
+    settings = [r.settings for r in runs if r.settings]
+    return [k for k in (settings or [{}])[0] if k not in OWN and len({s[k] for s in settings}) > 1]
 
 
 def markdown(table: Pivot, runs: list[Run]) -> str:
@@ -192,8 +207,7 @@ def cell(runs: list[Run], value: str) -> str:
 
 def lines(runs: list[Run]) -> str:
     """A line a run, as CSV: the settings in which they differ, every value, and what is wrong with it."""
-    settings = [r.settings for r in runs if r.settings]
-    keys = [k for k in (settings or [{}])[0] if k not in OWN and len({s[k] for s in settings}) > 1]
+    keys = _differing(runs)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["run", *keys, "epoch", *VALUES, "fault"])

@@ -8,6 +8,7 @@ end, or when the sweep is stopped, report.md and figures.
 Exit status: 0 finished, 75 stopped by a signal or trials cut off, all saved, 1 no trial finished, 2 settings or data.
 """
 
+import os
 import shlex
 import signal
 import sys
@@ -17,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 try:
     import optuna
@@ -122,8 +125,9 @@ class Search:
                 kind = f"SLURM job {found.handle['job']}" if "job" in found.handle else "process of a machine"
                 raise ValueError(f"trial {frozen.number} is a {kind}, slurm={self._settings.slurm}: go on as before")
             found.reported, found.pruned = set(frozen.intermediate_values), "pruned" in frozen.user_attrs
-            state = self._runner.ending(found.run_dir, found.handle) if found.handle else Ending("lost")
-            cli.say(f"trial {frozen.number} {'still runs' if state is None else 'is taken up again'}: {found.run_dir}")
+        running = [r for r, ending in self._endings() if ending is None]
+        for r in self.running:
+            cli.say(f"trial {r.trial.number} {'still runs' if r in running else 'is taken up again'}: {r.run_dir}")
 
     def fill(self) -> bool:
         """Start trials while there is room, those first that wait; whether any runs.
@@ -147,9 +151,7 @@ class Search:
 
     def look(self) -> None:
         """Report the epochs that have passed, end the trials that fall behind, record those that have ended."""
-        for r in [r for r in self.running if r.handle]:
-            # First, so that no line of metrics can come after the last look at them.
-            ending = self._runner.ending(r.run_dir, r.handle)
+        for r, ending in self._endings():  # first, so that no line of metrics can come after the last look at them
             r.seen = r.seen or ending is None
             values = epoch_values(read_metrics(r.run_dir / "metrics.jsonl"), self._settings.metric)
             optim = self._plan.settings(r.trial.number).optim
@@ -179,8 +181,13 @@ class Search:
         for r in begun:
             self._runner.stop(r.run_dir, r.handle)
         end = time.monotonic() + PATIENCE
-        while any(self._runner.ending(r.run_dir, r.handle) is None for r in begun) and time.monotonic() < end:
+        while any(ending is None for _, ending in self._endings()) and time.monotonic() < end:
             time.sleep(0.1)
+
+    def _endings(self) -> list[tuple[Running, Ending | None]]:
+        """Those that were started, and how each ended; None while it runs."""
+        begun = [r for r in self.running if r.handle]
+        return list(zip(begun, self._runner.endings([(r.run_dir, r.handle) for r in begun]), strict=True))
 
     def _take(self, number: int, trial: Trial) -> Running:
         """The trial as one that runs, with what it draws on record."""
@@ -294,7 +301,15 @@ def make_runner(settings: Sweep) -> Processes | Jobs:
         return Jobs(jobs)
     if any(not device.isalnum() for device in settings.devices):
         raise ValueError(f"devices={settings.devices}: one device a trial is wanted, for example [0, 1]")
-    return Processes(settings.devices)
+    return Processes(settings.devices or (visible_devices() if settings.at_once > 1 else []))
+
+
+def visible_devices() -> list[str]:
+    """The CUDA devices that this process has, by the names that CUDA_VISIBLE_DEVICES takes."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return [str(i) for i in range(torch.cuda.device_count())]
+    return [device.strip() for device in chosen.split(",") if device.strip()]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What a sweep leaves behind: trials.csv, best.yaml, report.md and its figures."""
 
 import csv
+import inspect
 import io
 import math
 import warnings
@@ -31,6 +32,9 @@ STATES = {
 LEAST = 8  # finished trials that importances take
 GOOD = 0.25  # of them, the share that counts as good
 SHOWN = 10  # rows of the report's table
+# Of their lines in the parallel coordinates.
+STYLES = {TrialState.COMPLETE: ".-", TrialState.PRUNED: ".--", TrialState.FAIL: ".:"}
+ALPHA = {TrialState.COMPLETE: 0.8, TrialState.PRUNED: 0.25, TrialState.FAIL: 0.25}
 UNUSED = -0.12  # where the parallel coordinates show a key that plays no part in a trial
 
 
@@ -43,16 +47,17 @@ def write(study: optuna.Study, plan: Plan, metric: str, last: bool = False) -> F
         write_text(folder / "best.yaml", best_config(found, plan, metric))
     if last:
         figures = {"history": history(trials, study, metric), "parallel": parallel(trials, plan, study, metric)}
-        weights = importances(study)
-        if weights:
-            figures["importances"] = bars(weights, metric)
-        else:
-            (folder / "importances.png").unlink(missing_ok=True)
-            cli.say(f"no importances: they take {LEAST} finished trials of a random search")
+        weights, why_not = importances(study, metric)
+        figures["importances"] = bars(weights, metric) if weights else None
         for name, figure in figures.items():
             if figure is not None:
                 save(figure, folder / f"{name}.png")
-        write_text(folder / "report.md", report(trials, found, plan, metric, list(figures)))
+            else:
+                (folder / f"{name}.png").unlink(missing_ok=True)
+        if why_not:
+            cli.say(why_not)
+        drawn = [name for name, figure in figures.items() if figure is not None]
+        write_text(folder / "report.md", report(trials, found, plan, metric, drawn, why_not))
         cli.say(f"all trials: {folder}/trials.csv, the best ten: {folder}/report.md")
         if found is not None:
             cli.say(f"best: trial {found.number}, {metric} {found.value:.4f}: pretrain {folder}/best.yaml")
@@ -87,8 +92,10 @@ def table(trials: list[FrozenTrial], plan: Plan, metric: str) -> str:
     return text.getvalue()
 
 
-def report(trials: list[FrozenTrial], found: FrozenTrial | None, plan: Plan, metric: str, figures: list[str]) -> str:
-    """Markdown: how many trials ended how, and the best of them."""
+def report(
+    trials: list[FrozenTrial], found: FrozenTrial | None, plan: Plan, metric: str, figures: list[str], note: str
+) -> str:
+    """Markdown: how many trials ended how, the best of them, the figures, and a note on one that is not there."""
     counts = {name: sum(t.state == state for t in trials) for state, name in STATES.items()}
     told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     lines = [f"# Sweep {plan.name}", "", f"{len(trials)} of {plan.count} trials begun: {told}.", ""]
@@ -106,6 +113,7 @@ def report(trials: list[FrozenTrial], found: FrozenTrial | None, plan: Plan, met
     if failed:
         lines += ["", "Failed:", "", *(f"- trial {t.number}: {t.user_attrs.get('error', '')}" for t in failed)]
     lines += ["", *(f"![{name}]({name}.png)" for name in figures)]
+    lines += ["", f"{note[0].upper()}{note[1:]}."] if note else []
     return "\n".join(lines) + "\n"
 
 
@@ -133,15 +141,23 @@ def history(trials: list[FrozenTrial], study: optuna.Study, metric: str) -> Figu
     return figure
 
 
-def importances(study: optuna.Study) -> dict[str, float]:
-    """How much each key decides whether a finished trial is among the good ones; empty if there are too few trials."""
+def importances(study: optuna.Study, metric: str) -> tuple[dict[str, float], str]:
+    """(how much each key decides whether a finished trial is among the good ones, why there is no such thing).
+
+    One of the two is empty. Before its version 5 Optuna leaves out keys that play no part in some trials.
+    """
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len(done) < LEAST or len({t.value for t in done}) < 2:
-        return {}
+    if len(done) < LEAST:
+        return {}, f"no importances: they take {LEAST} finished trials, of which there are {len(done)}"
+    if len({t.value for t in done}) < 2:
+        return {}, f"no importances: all finished trials have the same {metric}"
+    known = inspect.signature(PedAnovaImportanceEvaluator).parameters
+    share: dict[str, Any] = {"target_quantile" if "target_quantile" in known else "baseline_quantile": GOOD}  # 4.0-4.6
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of keys that few trials have
-        found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=GOOD))
-    return {key: weight for key, weight in found.items() if math.isfinite(weight)}
+        found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(**share))
+    weights = {key: weight for key, weight in found.items() if math.isfinite(weight)}
+    return weights, "" if weights else "no importances: the finished trials differ in no key that all of them have"
 
 
 def bars(weights: dict[str, float], metric: str) -> Figure:
@@ -155,19 +171,27 @@ def bars(weights: dict[str, float], metric: str) -> Figure:
 
 
 def parallel(trials: list[FrozenTrial], plan: Plan, study: optuna.Study, metric: str) -> Figure | None:
-    """A line a finished trial through its value of each key, coloured by its metric, the best on top."""
-    done = [t for t in trials if t.state == TrialState.COMPLETE]
-    if not done:
+    """A line a trial through its value of each key, coloured by its metric, the best on top.
+
+    Those that ended early or failed are faded, and coloured by the last that they reported, on the scale of the
+    finished ones.
+    """
+    some = [t for t in trials if t.state in STYLES and math.isfinite(_value(t))]
+    silent = sum(t.state == TrialState.FAIL for t in trials) - sum(t.state == TrialState.FAIL for t in some)
+    if not some:
         return None
     figure = Figure(figsize=(max(WIDTH, 1.6 * (len(plan.names) + 1)), 4.5), layout="constrained")
     axis = figure.subplots()
-    values = np.array([_value(t) for t in done])
-    norm, colours = Normalize(values.min(), values.max()), "viridis_r" if _minimised(study) else "viridis"
-    drawn = [plan.drawn(t.number)[0] for t in done]
+    values = np.array([_value(t) for t in some])
+    scale = [_value(t) for t in some if t.state == TrialState.COMPLETE] or values
+    norm, colours = Normalize(min(scale), max(scale), clip=True), "viridis_r" if _minimised(study) else "viridis"
+    drawn = [plan.drawn(t.number)[0] for t in some]
     columns = [_scale(name, drawn, plan) for name in plan.names]
     heights = np.column_stack([[place(labels) for labels in drawn] for place, _ in columns])
-    for i in np.argsort(-values if _minimised(study) else values):
-        axis.plot(range(len(columns)), heights[i], color=colormaps[colours](norm(values[i])), alpha=0.8, marker=".")
+    worst_first = np.argsort(-values if _minimised(study) else values)
+    for i in sorted(worst_first, key=lambda i: some[i].state == TrialState.COMPLETE):
+        colour, state = colormaps[colours](norm(values[i])), some[i].state
+        axis.plot(range(len(columns)), heights[i], STYLES[state], color=colour, alpha=ALPHA[state], label=STATES[state])
     for x, (_, ticks) in enumerate(columns):
         axis.axvline(x, color="black", linewidth=0.8, zorder=0)
         for height, text in ticks:
@@ -177,7 +201,10 @@ def parallel(trials: list[FrozenTrial], plan: Plan, study: optuna.Study, metric:
         axis.annotate("plays no part", (-0.05, UNUSED), fontsize=8, ha="right", va="center")
     axis.set_xticks(range(len(columns)), [name.replace(".", ".\n") for name in plan.names], fontsize=9)
     axis.set_yticks([])
-    _finish(axis, "finished trials")
+    found = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    if len(found) > 1:
+        axis.legend(found.values(), found, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
+    _finish(axis, f"trials; {silent} that failed without a value are not drawn" if silent else "trials")
     axis.grid(False)
     axis.spines[["left", "bottom"]].set_visible(False)
     figure.colorbar(ScalarMappable(norm, colours), ax=axis, label=metric)

@@ -82,8 +82,11 @@ class Processes:
         began = _start_time(process.pid)
         return {"pid": process.pid, "began": began, "host": socket.gethostname(), "device": device, "log": written}
 
-    def ending(self, run_dir: Path, handle: Handle) -> Ending | None:
-        """How the trial ended; None while it runs."""
+    def endings(self, begun: list[tuple[Path, Handle]]) -> list[Ending | None]:
+        """How each of the trials ended; None while it runs."""
+        return [self._ending(run_dir, handle) for run_dir, handle in begun]
+
+    def _ending(self, run_dir: Path, handle: Handle) -> Ending | None:
         process = self._own.get(handle["pid"])
         if process is None:
             return None if self._lives(run_dir, handle) else Ending("lost")
@@ -134,21 +137,30 @@ class Jobs:
         job = slurm.submit_array(self._settings, plans, at_once)
         return [{"job": f"{job}_{i}"} for i in range(len(plans))]
 
-    def ending(self, run_dir: Path, handle: Handle) -> Ending | None:
+    def endings(self, begun: list[tuple[Path, Handle]]) -> list[Ending | None]:
+        """How each of the trials ended; None while it is queued or runs."""
         from launch import slurm
 
-        state, _ = slurm.state(handle["job"])
-        if state not in slurm.ENDED:
+        states = slurm.states([handle["job"] for _, handle in begun])
+        return [self._ending(run_dir, handle["job"], states[handle["job"]]) for run_dir, handle in begun]
+
+    def _ending(self, run_dir: Path, job: str, state: Any) -> Ending | None:
+        """state: slurm.State"""
+        from launch import slurm
+
+        if state.name not in slurm.ENDED:
             return None
-        if state in ("COMPLETED", "UNKNOWN"):
-            return Ending("finished" if state == "COMPLETED" else "lost")
-        ended = f"its job {handle['job']} ended as {state}"
-        if state in self.CUT_OFF:
+        if state.name in ("COMPLETED", "UNKNOWN"):
+            return Ending("finished" if state.name == "COMPLETED" else "lost")
+        ended = f"its job {job} ended as {state.name}"
+        if state.name in self.CUT_OFF:
             return Ending("lost", ended)
-        return Ending("failed", job_error(run_dir / "slurm", handle["job"]) or ended)
+        return Ending(
+            "failed", job_error(run_dir / "slurm", job) or slurm.unwritable(state, run_dir / "slurm") or ended
+        )
 
     def stop(self, run_dir: Path, handle: Handle, kill: bool = False) -> None:
-        subprocess.run(["scancel", "-q", handle["job"]], check=False)
+        subprocess.run(["scancel", "--quiet", handle["job"]], check=False)
 
     def _command(self, run_dir: Path) -> list[str]:
         return ["simclr_ddp.pretrain", str(run_dir / SETTINGS)]

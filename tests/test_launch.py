@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import submitit
+import torch
 
 from launch import job, meeting, slurm, snapshot
 from simclr_ddp.metrics import read_metrics
@@ -136,6 +137,20 @@ def test_the_template_is_a_script(capfd: pytest.CaptureFixture[str]) -> None:
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
+def test_a_line_of_setup_does_not_hide_the_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script runs in bash, with a stand-in for srun that shows what Python would have."""
+    monkeypatch.setenv("PYTHONPATH", "/inherited")
+    plan = slurm.make_plan(["simclr_ddp.pretrain", f"run_dir={tmp_path / 'a run'}"])
+    lines = ["export PYTHONPATH=/mine:$PYTHONPATH", "unset PYTHONSAFEPATH"]
+    script = slurm.script(slurm.Slurm(setup=lines), [plan])
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text('#!/bin/sh\necho "$PYTHONPATH $PYTHONSAFEPATH"\n')
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    variables = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
+    done = subprocess.run(["bash", "-c", script], env=variables, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{plan.code}:/mine:/inherited 1\n" and done.returncode == 0
+
+
 def test_a_task_of_an_array_runs_in_its_own_folder(tmp_path: Path) -> None:
     """The script runs in bash, with stand-ins for srun, which shows what it is given, and for scontrol."""
     run_dirs = [tmp_path / "first run", tmp_path / "it's $HOME"]
@@ -212,7 +227,59 @@ def test_the_state_of_a_job_without_accounting(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho Invalid job id specified >&2\n")
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert slurm.state("7") == ("UNKNOWN", 1)
+    assert slurm.state("7") == slurm.State("UNKNOWN", 1)
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts shell scripts in the place of SLURM's commands."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    def make(**scripts: str) -> None:
+        for name, content in scripts.items():
+            (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{content}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+
+    return make
+
+
+def test_the_states_of_many_jobs_are_one_question(tmp_path: Path, tools: Callable[..., None]) -> None:
+    tools(
+        squeue='echo "squeue $*" >>asked; echo "5 PENDING"; echo "7_1 RUNNING"',
+        scontrol='echo "scontrol $*" >>asked; echo "JobState=FAILED Reason=NonZeroExitCode BatchHost=n1 ExitCode=3:0"',
+    )
+    found = slurm.states(["5", "7_0", "7_1"])
+    assert found == {
+        "5": slurm.State("PENDING"),
+        "7_0": slurm.State("FAILED", 3, "NonZeroExitCode", "n1"),
+        "7_1": slurm.State("RUNNING"),
+    }
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked == ["squeue -h -r -o %i %T -j 5,7_0,7_1", "scontrol -o show job 7_0"]
+    tools(squeue="echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1")
+    assert slurm.states(["5", "7_0"]) == {"5": slurm.State(""), "7_0": slurm.State("")}, "nothing is known"
+
+
+def test_a_job_that_waits_says_why(
+    tmp_path: Path, tools: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slurm, "POLL", 0.0)
+    waits = ["PENDING Reason=None", *["PENDING Reason=Priority"] * 2, *["PENDING Reason=Resources"] * 2]
+    told = [*waits, "RUNNING Reason=None", "PENDING Reason=BeginTime", "COMPLETED Reason=None"]
+    (tmp_path / "told").write_text("\n".join(told) + "\n")
+    tools(scontrol='echo "JobState=$(head -n 1 told) Dependency=(null) ExitCode=0:0"; sed -i 1d told')
+    assert slurm.follow("5", tmp_path) == 0
+    names = ["PENDING", "PENDING (Priority)", "PENDING (Resources)", "PENDING (BeginTime)", "COMPLETED"]
+    assert capfd.readouterr().out.splitlines() == [f"job 5 is {name}" for name in names]
+
+
+def test_a_job_that_can_not_write_its_log(
+    tmp_path: Path, tools: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    tools(scontrol='echo "JobState=FAILED Reason=JobLaunchFailure NodeList=n[1-2] BatchHost=n1 ExitCode=0:53"')
+    assert slurm.follow("5", tmp_path) == slurm.NO_LOG
+    assert f"error: n1 can't write the job's log into {tmp_path}: run_dir=... is" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -231,6 +298,20 @@ def test_help(capfd: pytest.CaptureFixture[str]) -> None:
     assert (
         "print the sbatch script, and submit nothing" in told and "--print-sbatch" in told and "gpus_per_node" in told
     )
+
+
+def test_a_folder_that_can_not_be_written(
+    tmp_path: Path, tools: Callable[..., None], rank: job.Job, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before the job is queued, and on a node; a file stands in its way, since root may write everywhere."""
+    tools(**dict.fromkeys(("sbatch", "srun", "scontrol", "squeue"), "exit 1"))
+    (tmp_path / "file").touch()
+    assert slurm.main(["--", "simclr_ddp.pretrain", "run_dir=file/run"]) == 2
+    told = f"can't write to {tmp_path}/file/run/slurm (Not a directory): run_dir=... is wanted on a file system that"
+    assert f"error: this machine {told}" in only_error(capfd)
+    with pytest.raises(SystemExit):
+        job.run(replace(rank, folder=tmp_path / "file/run/slurm"))
+    assert f"error: node1 {told}" in capfd.readouterr().err
 
 
 # --- the snapshot ---------------------------------------------------------------------------------------------------
@@ -427,18 +508,29 @@ def test_the_nodes_meet(tmp_path: Path) -> None:
     for guest in guests:
         guest.start()
     port = free_port()
-    assert meeting.host(tmp_path / "m", "localhost", port, ["node1", "node2"], 10, go_on) == port
+    held = meeting.host(tmp_path / "m", "localhost", port, ["node1", "node2"], 10, go_on)
     for guest in guests:
         guest.join()
     assert found == [("localhost", port)] * 2
+    with held, pytest.raises(OSError, match="in use"), socket.socket(held.family) as other:
+        other.bind(("", port))  # as the kernel does for who wants any port
     with socket.create_server(("", port)):
         pass  # it is free again
+
+
+def test_torch_listens_at_the_port_that_is_held(tmp_path: Path) -> None:
+    with meeting.host(tmp_path / "m", "localhost", free_port(), ["node1"], 10, go_on) as held:
+        port = held.getsockname()[1]
+        store = torch.distributed.TCPStore("localhost", port, 1, is_master=True)
+        store.set("a", "b")
+        assert store.port == port and store.get("a") == b"b"
 
 
 def test_a_port_that_is_taken_is_replaced(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        other = meeting.host(tmp_path / "m", "localhost", port, ["node1"], 10, go_on)
+        with meeting.host(tmp_path / "m", "localhost", port, ["node1"], 10, go_on) as held:
+            other = held.getsockname()[1]
     assert other != port
     assert meeting.join(tmp_path / "m", "node1", False, 10, go_on) == ("localhost", other)
 
@@ -449,17 +541,34 @@ def test_a_node_that_never_comes(tmp_path: Path) -> None:
 
 
 def test_a_name_that_does_not_resolve(tmp_path: Path) -> None:
-    meeting.host(tmp_path / "m", "nowhere.invalid", 0, ["node1"], 1, go_on)
+    meeting.host(tmp_path / "m", "nowhere.invalid", 0, ["node1"], 1, go_on).close()
     with pytest.raises(ConnectionError, match=r"^node2 can't resolve nowhere.invalid"):
         meeting.join(tmp_path / "m", "node2", True, 1, go_on)
 
 
 def test_a_port_that_is_blocked(tmp_path: Path) -> None:
-    meeting.host(tmp_path / "m", "localhost", free_port(), ["node1"], 1, go_on)
+    meeting.host(tmp_path / "m", "localhost", free_port(), ["node1"], 1, go_on).close()
     with pytest.raises(
         ConnectionError, match=r"^node2 can't reach the first node at localhost:\d+ \(Connection refused"
     ):
         meeting.join(tmp_path / "m", "node2", True, 1, go_on)
+
+
+def test_a_firewall_that_drops_packets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server whose queue is full drops them, too: the node tells of it long before the nodes' time is over."""
+    monkeypatch.setattr(meeting, "REACH", 1.0)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, socket.socket() as first, socket.socket() as next:
+        port = server.getsockname()[1]
+        for filling in (first, next):
+            filling.setblocking(False)
+            filling.connect_ex(("127.0.0.1", port))
+        (tmp_path / "m").write_text(f'{{"address": "127.0.0.1", "port": {port}}}')
+        begin = time.monotonic()
+        with pytest.raises(
+            ConnectionError, match=rf"^node2 can't reach the first node at 127.0.0.1:{port} \(timed out"
+        ):
+            meeting.join(tmp_path / "m", "node2", True, 60, go_on)
+    assert time.monotonic() < begin + 10
 
 
 def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
@@ -473,40 +582,104 @@ def test_told_to_stop_while_the_others_are_awaited(tmp_path: Path) -> None:
         meeting.host(tmp_path / "m", "node1", 0, ["node1", "node2"], 60, lambda: time.monotonic() > begin + 1)
 
 
+# --- queued again ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ended", "saved", "lost", "queued"),
+    [
+        ("pause", "saved", 0, True),
+        ("pause", "nothing", slurm.LOST + 1, True),
+        ("preemption", "saved", 0, True),
+        ("preemption", "nothing", slurm.LOST + 1, True),
+        ("node failure", "saved", 0, True),
+        ("node failure", "saved", slurm.LOST + 1, True),
+        ("node failure", "nothing", 1, True),
+        ("node failure", "nothing", slurm.LOST, True),
+        ("node failure", "nothing", slurm.LOST + 1, False),
+        ("command", "saved", 0, False),
+        ("command", "nothing", 0, False),
+        ("command", "nothing", slurm.LOST + 1, False),
+    ],
+)
+def test_the_rule_by_which_a_job_comes_back(ended: str, saved: str, lost: int, queued: bool) -> None:
+    asked = ["bash", "-c", f'{slurm.COMES_BACK}\ncomes_back "$@"', "bash", ended, saved, str(lost)]
+    assert (subprocess.run(asked, check=False).returncode == 0) == queued
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Callable[..., tuple[str, int]]:
+    """Runs the first and last lines of a batch script, with stand-ins for srun, whose failing says that a node has
+    gone, and for scontrol; (what it does at its end, its status)."""
+    plan = slurm.make_plan(["simclr_ddp.pretrain", f"run_dir={tmp_path / 'a run'}"])
+    latest = plan.run_dir / "checkpoints" / "latest"
+    for folder in (plan.folder, latest.parent, tmp_path / "bin"):
+        folder.mkdir(parents=True)
+    latest.write_text("step 5")
+
+    def run(status: int, saved: bool = False, note: str = "", probe: int = 0, restarts: int = 0) -> tuple[str, int]:
+        scontrol = f'[ $1 = requeue ] && echo queued again || echo "JobId=7 Requeue=1 Restarts={restarts} BatchFlag=1"'
+        for name, content in (("srun", f"exit {probe}"), ("scontrol", scontrol)):
+            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{content}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        wanted = slurm.parameters(slurm.Slurm(nodes=2), [plan])
+        setup = wanted["setup"][:3]
+        assert setup[2].startswith("before=")
+        job = [f"echo step $RANDOM > '{latest}'"] * saved + [f"printf '{note}' > '{plan.folder}/7.again'"] * bool(note)
+        lines = [*setup, *job, f"(exit {status})", *wanted["teardown"]]
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        variables = {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+        done = subprocess.run(["bash", "-c", "\n".join(lines)], env=variables, capture_output=True, text=True)
+        assert not done.stderr, done
+        return (done.stdout.splitlines() or [""])[-1], done.returncode
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("status", "saved", "note", "probe", "restarts", "queued"),
     [
         (0, True, "", 0, 0, False),
         (0, True, "time limit", 0, 0, True),
         (138, False, "", 0, 0, True),
+        (143, False, "", 0, 0, True),
         (1, True, "", 0, 0, False),
         (1, True, "", 1, 0, True),
         (1, True, "", 1, 1, False),
-        (1, False, "", 1, 0, False),
+        (1, False, "", 1, 0, True),
+        (1, False, "", 0, 0, False),
     ],
 )
 def test_when_the_batch_script_queues_the_job_again(
-    status: int, saved: bool, note: str, probe: int, restarts: int, queued: bool, tmp_path: Path
+    status: int, saved: bool, note: str, probe: int, restarts: int, queued: bool, batch: Callable[..., tuple[str, int]]
 ) -> None:
-    """Its last lines, with stand-ins for srun, whose failing says that a node has gone, and for scontrol."""
-    plan = slurm.make_plan(["simclr_ddp.pretrain", f"run_dir={tmp_path / 'a run'}"])
-    latest = plan.run_dir / "checkpoints" / "latest"
-    for folder in (plan.folder, latest.parent, tmp_path / "bin"):
-        folder.mkdir(parents=True)
-    latest.write_text("step 5")
-    scontrol = f'[ $1 = requeue ] && echo queued again || echo "JobId=7 Requeue=1 Restarts={restarts} BatchFlag=1"'
-    for name, content in (("srun", f"exit {probe}"), ("scontrol", scontrol)):
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{content}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    wanted = slurm.parameters(slurm.Slurm(nodes=2), [plan])
-    setup = wanted["setup"][:3]
-    assert setup[2].startswith("before=")
-    job = [f"echo step 10 > '{latest}'"] * saved + [f"printf '{note}' > '{plan.folder}/7.again'"] * bool(note)
-    lines = [*setup, *job, f"(exit {status})", *wanted["teardown"]]
-    variables = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
-    done = subprocess.run(["bash", "-c", "\n".join(lines)], env=variables, capture_output=True, text=True)
-    assert ("queued again\n" in done.stdout.splitlines(keepends=True)) == queued, done
-    assert done.returncode == (0 if queued else status), done
+    said, code = batch(status, saved, note, probe, restarts)
+    assert (said == "queued again", code) == (queued, 0 if queued else status)
+
+
+def test_nodes_that_go_before_anything_is_saved(tmp_path: Path, batch: Callable[..., tuple[str, int]]) -> None:
+    """LOST times in a row the job comes back, whatever comes between; a checkpoint begins the count anew."""
+    again, note = ("queued again", 0), tmp_path / "a run" / "slurm" / "7.again"
+    assert batch(1, probe=1) == again and note.read_text() == "node failure\n"
+    assert batch(0, note="preemption") == again
+    assert [batch(1, probe=1) for _ in range(slurm.LOST - 1)] == [again] * (slurm.LOST - 1)
+    assert batch(1, saved=True, probe=1) == again
+    assert [batch(1, probe=1) for _ in range(slurm.LOST)] == [again] * slurm.LOST
+    said, status = batch(1, probe=1)
+    assert status == 1 and said.startswith("error: a node has gone before anything was saved, as in the starts before")
+
+
+def test_a_preemption_of_which_sigterm_alone_tells(
+    rank: job.Job, tmp_path: Path, batch: Callable[..., tuple[str, int]]
+) -> None:
+    """Where SLURM sends no user signal, a rank can't tell it from scontrol requeue; the batch script can, later."""
+    thread = when_ready(tmp_path / "ready", signal.SIGTERM)
+    job.run(rank)
+    thread.join()
+    assert (tmp_path / "told").read_text() == "x" and (tmp_path / "7.again").read_text() == job.REQUEUED
+    note = tmp_path / "a run" / "slurm" / "7.again"
+    shutil.copy(tmp_path / "7.again", note)
+    assert batch(0, saved=True) == ("queued again", 0) and note.read_text() == "preemption"
 
 
 # --- without SLURM --------------------------------------------------------------------------------------------------
@@ -550,8 +723,11 @@ def test_local_runs_the_snapshot_and_not_the_checkout(images: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_job_of_submitits_local_executor(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks finish a run; told by USR2, as this executor tells, they pause, and leave a note."""
-    plan = slurm.make_plan(training(images, tmp_path / "run"))
+    """Two ranks finish a run; told by USR2, as this executor tells, they pause, and leave a note.
+
+    Both starts write to one W&B run, which is the run directory's.
+    """
+    plan = slurm.make_plan(training(images, tmp_path / "run", "log.wandb=true"))
     plan.folder.mkdir(parents=True)
     monkeypatch.setenv("PYTHONPATH", str(processes.ROOT))
     described = slurm.describe(slurm.Slurm(), plan)
@@ -570,3 +746,6 @@ def test_a_job_of_submitits_local_executor(images: Path, tmp_path: Path, monkeyp
     second = executor.submit(job.run, described)
     assert second.results() == [None, None] and "going on from" in (second.stdout() or "")
     assert (tmp_path / "run/encoder.safetensors").exists()
+    # offline-run-TIME-ID
+    ids = [path.name.split("-", 3)[3] for path in (tmp_path / "run/wandb").glob("offline-run-*")]
+    assert len(ids) == 2 and len(set(ids)) == 1 and ids[0].startswith("run-")

@@ -227,9 +227,9 @@ def test_an_array_of_six_with_two_at_a_time(
     code = snapshot.sources()
     plans = [slurm.make_plan(one, code) for one in commands]
     array = slurm.submit_array(slurm.Slurm(cpus_per_task=2, partition="preempt"), plans, 2)
-    assert running(array) <= 2 and slurm.state(f"{array}_5") == ("PENDING", 0)
+    assert running(array) <= 2 and slurm.state(f"{array}_5").name == "PENDING"
     freeze(run_dirs[0], 8)
-    assert slurm.state(f"{array}_0")[0] == "RUNNING"
+    assert slurm.state(f"{array}_0").name == "RUNNING"
     command("scontrol", "requeue", f"{array}_0")  # which sends CONT and TERM
     seen = set()
     while array in command("squeue", "-h", "-o", "%F"):
@@ -238,8 +238,8 @@ def test_an_array_of_six_with_two_at_a_time(
         time.sleep(0.3)
     assert 2 in seen
     states = [slurm.state(f"{array}_{i}") for i in range(6)]
-    assert [name for name, _ in states] == ["COMPLETED", "FAILED", *["COMPLETED"] * 4] and states[1][1] not in (0, 75)
-    assert slurm.follow(f"{array}_1", plans[1].folder) == states[1][1]
+    assert [s.name for s in states] == ["COMPLETED", "FAILED", *["COMPLETED"] * 4] and states[1].status not in (0, 75)
+    assert slurm.follow(f"{array}_1", plans[1].folder) == states[1].status
     assert "/no/such.beton" in capfd.readouterr().out
     assert [[start["after"] for start in starts(run_dir)] for run_dir in run_dirs] == [
         ["submission", "scontrol requeue"],
@@ -325,12 +325,14 @@ def test_the_time_limit(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("saved", [True, False])
 def test_a_node_that_goes_off(
-    images: Path, tmp_path: Path, undisturbed: Callable[[int], Path], capfd: pytest.CaptureFixture[str]
+    saved: bool, images: Path, tmp_path: Path, undisturbed: Callable[[int], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    job = submit(capfd, TWO_NODES, training(images, run_dir))
+    job = submit(capfd, TWO_NODES, training(images, run_dir, f"checkpoint.every_steps={5 if saved else 1000}"))
     pids = freeze(run_dir, 8)
+    assert (run_dir / "checkpoints" / "latest").exists() == saved
     try:
         cluster("node", "off", "node2")
         thaw(pids)

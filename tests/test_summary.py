@@ -104,6 +104,16 @@ def test_unfinished_and_damaged_runs_are_listed_and_count_in_no_mean(
     assert 0 < (matrix / "out/summary.png").stat().st_size < 300_000
 
 
+def test_copies_in_a_run_are_no_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As a job keeps them: its config file, and the code with the configs that lie there."""
+    for name in ("a", "b"):
+        make_run(tmp_path / name, 0.5)
+        make_run(tmp_path / name / "slurm/code-1/benchmarks/results/seed0", 0.9)
+        copy = make_run(tmp_path / name / "slurm/config-1/1", 0.9, epochs_done=0) / "config.yaml"
+        copy.rename(copy.with_name("trial.yaml"))
+    assert "; 2 of 2 runs" in printed(capfd, tmp_path)
+
+
 def test_a_linear_evaluation_comes_first(capfd: pytest.CaptureFixture[str]) -> None:
     folder = processes.ROOT / "benchmarks/results/cifar10_cpu"
     text = printed(capfd, folder, "columns=seed")
@@ -118,6 +128,11 @@ def test_mistakes(matrix: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (): "no runs are named: python -m launch.summary runs/a runs/b",
         ("nowhere",): "nowhere is no folder",
         (str(matrix), "rows=loss.kernl"): "unknown option loss.kernl in rows or columns: did you mean loss.kernel?",
+        (
+            str(matrix),
+            "rows=kernels_and_more",
+        ): "unknown option kernels_and_more in rows or columns: --help lists every "
+        "option; the runs differ in seed, loss.kernel, optim.epochs",
         (str(matrix), "value=top1"): "value=top1 is not known",
     }.items():
         assert summary.main(list(arguments)) == 2

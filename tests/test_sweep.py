@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shlex
 import signal
@@ -17,9 +18,11 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.trial import TrialState
 
-from launch import slurm, sweep, trials
+from launch import slurm, summary, sweep, sweep_report, trials
 from launch.plan import Sweep
 from simclr_ddp import config, pretrain
 from simclr_ddp.config import Pretrain
@@ -133,6 +136,9 @@ def test_finished_failed_killed_and_pruned_trials(images: Path, capfd: pytest.Ca
     assert "error: step 3: it diverges" in {t.user_attrs.get("error") for t in kept}
     report = Path("here/report.md").read_text()
     assert "ended early" in report and "error: step 3: it diverges" in report
+    finished = list(states.values()).count("finished")
+    assert f"No importances: they take 8 finished trials, of which there are {finished}." in report
+    assert not Path("here/importances.png").exists() and Path("here/parallel.png").exists()
 
 
 def test_a_trial_that_is_behind_at_its_last_epoch_has_finished(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +212,17 @@ def last_below_median(images: Path) -> list[str]:
         return last and temperatures[3] < sorted(temperatures[:3])[1]
 
     return [*arguments, f"seed={seed_with(arguments, wanted)}"]
+
+
+def test_trials_side_by_side_share_the_devices_that_there_are(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert sweep.main(options(images, TEMPERATURES, "trials=2", "at_once=2", "pruner=none")) == 0
+    assert {starts(number)[0].split()[1] for number in range(2)} == {"0", "1"}
+    assert sweep.main([*options(images, TEMPERATURES, "trials=1", "pruner=none"), "sweep_dir=one"]) == 0
+    assert len(starts(0, "one")[0].split()) == 1, "a trial alone has what there is"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5, 7")
+    assert sweep.visible_devices() == ["GPU-5", "7"]
 
 
 @pytest.mark.slow
@@ -421,6 +438,58 @@ def test_a_shipped_config(path: Path, images: Path, monkeypatch: pytest.MonkeyPa
         assert all(("mix_weight" in line) == ("_sum" in line) for line in trials)
 
 
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def ended(count: int, *others: tuple[TrialState, float | None]) -> tuple[sweep.Plan, optuna.Study]:
+    """A study of so many finished trials, and others that ended otherwise, whose last value is given."""
+    plan = sweep.make_plan(config.build(Sweep, [("the test", {"space.loss.temperature.log": [0.1, 1], "trials": 20})]))
+    study = optuna.create_study(direction="maximize")
+    distribution = {"loss.temperature": optuna.distributions.FloatDistribution(0.1, 1, log=True)}
+    for number, (state, value) in enumerate([(TrialState.COMPLETE, None)] * count + list(others)):
+        drawn = plan.drawn(number)[0]
+        last = drawn["loss.temperature"] if state == TrialState.COMPLETE else value
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=state,
+                value=last if state == TrialState.COMPLETE else None,
+                params=drawn,
+                distributions=distribution,
+                intermediate_values={} if last is None else {3: last},
+            )
+        )
+    return plan, study
+
+
+def test_importances_by_any_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sweep_report.importances(ended(8)[1], "loss")[0].keys() == {"loss.temperature"}
+    found = sweep_report.importances(ended(7)[1], "loss")
+    assert found == ({}, "no importances: they take 8 finished trials, of which there are 7")
+    taken: list[float] = []
+
+    def before_4_7(*, baseline_quantile: float = 0.1, evaluate_on_local: bool = True) -> None:
+        taken.append(baseline_quantile)
+
+    monkeypatch.setattr(sweep_report, "PedAnovaImportanceEvaluator", before_4_7)
+    monkeypatch.setattr(sweep_report, "get_param_importances", lambda study, evaluator: {"a": 0.0, "b": math.nan})
+    assert sweep_report.importances(ended(8)[1], "loss") == ({"a": 0.0}, "") and taken == [sweep_report.GOOD]
+
+
+def test_parallel_coordinates_of_trials_that_ended_otherwise() -> None:
+    others = [(TrialState.PRUNED, 0.3), (TrialState.FAIL, 0.2), (TrialState.FAIL, None), (TrialState.FAIL, math.nan)]
+    plan, study = ended(2, *others)
+    figure = sweep_report.parallel(study.trials, plan, study, "probe_top1")
+    assert figure is not None
+    axis = figure.axes[0]
+    shown = {(line.get_label(), line.get_alpha()) for line in axis.lines[:4]}
+    assert shown == {("finished", 0.8), ("ended early", 0.25), ("failed", 0.25)}
+    assert [line.get_label() for line in axis.lines[2:4]] == ["finished"] * 2, "on top"
+    assert "2 that failed without a value are not drawn" in axis.get_title(loc="left")
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["failed", "ended early", "finished"]
+    plan, study = ended(0, (TrialState.FAIL, None))
+    assert sweep_report.parallel(study.trials, plan, study, "probe_top1") is None
+
+
 # --- the grid -------------------------------------------------------------------------------------------------------
 
 
@@ -451,7 +520,8 @@ def test_a_grid_is_one_job_array(images: Path, monkeypatch: pytest.MonkeyPatch) 
         return "77"
 
     monkeypatch.setattr(slurm, "submit_array", submit_array, raising=False)
-    monkeypatch.setattr(slurm, "state", lambda job: ("FAILED", 1) if job == "77_1" else ("COMPLETED", 0))
+    ended = {"77_0": slurm.State("COMPLETED"), "77_1": slurm.State("FAILED", 1), "77_2": slurm.State("COMPLETED")}
+    monkeypatch.setattr(slurm, "states", lambda jobs: {job: ended[job] for job in jobs})
     Path("jobs.yaml").write_text("minutes: 10\n")
     arguments = options(images, "grid.loss.kernel=[cosine, laplacian, gaussian]", "slurm=jobs.yaml", "at_once=2")
     assert sweep.main(arguments) == 0
@@ -469,15 +539,17 @@ def test_a_job_that_falls_behind_is_cancelled(images: Path, monkeypatch: pytest.
         jobs.append(subprocess.Popen([*STUB, plan.command[1]]))
         return str(len(jobs) - 1)
 
-    def state(job: str) -> tuple[str, int]:
-        status = jobs[int(job)].poll()
-        return ("RUNNING", 0) if status is None else ("CANCELLED" if status else "COMPLETED", 0)
+    def states(asked: list[str]) -> dict[str, slurm.State]:
+        names = {None: "RUNNING", 0: "COMPLETED", pretrain.PAUSED: "CANCELLED"}
+        return {job: slurm.State(names[jobs[int(job)].poll()]) for job in asked}
 
     def scancel(command: list[str], **more: Any) -> Any:
-        return jobs[int(command[-1])].terminate() if command[0] == "scancel" else run(command, **more)
+        if command[:2] == ["scancel", "--quiet"]:  # scancel's -q is a quality of service
+            return jobs[int(command[-1])].terminate()
+        return run(command, **more)
 
     monkeypatch.setattr(slurm, "submit", submit)
-    monkeypatch.setattr(slurm, "state", state)
+    monkeypatch.setattr(slurm, "states", states)
     monkeypatch.setattr(subprocess, "run", scancel)
     monkeypatch.setattr(trials.Jobs, "POLL", 0.02)
     Path("jobs.yaml").write_text("minutes: 10\n")
@@ -509,7 +581,8 @@ echo "Submitted batch job $job"
     )
     for folder in ("bin", "scripts", "state"):
         (here / folder).mkdir(parents=True)
-    for name, content in (("sbatch", sbatch), ("scontrol", scontrol), ("srun", "")):
+    squeue = 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1'  # it says so of jobs that have ended
+    for name, content in (("sbatch", sbatch), ("scontrol", scontrol), ("squeue", squeue), ("srun", "")):
         begin = f'#!/bin/bash\nscript=$(realpath "${{@: -1}}")\ncd {here} || exit 1\n'
         (here / "bin" / name).write_text(f"{begin}{content}\n")
         (here / "bin" / name).chmod(0o755)
@@ -672,3 +745,66 @@ def test_real_jobs_that_are_found_again_after_a_kill(images: Path) -> None:
     assert sweep.main(arguments) == 0
     assert [row["state"] for row in table()] == ["finished"] * 2
     assert [t.user_attrs["handle"]["job"] for t in study().trials] == submitted, "no job was submitted twice"
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif("SIMCLR_SLURM_DIR" not in os.environ, reason="no cluster: SIMCLR_SLURM_DIR is not set")
+def test_real_jobs_of_a_search_and_of_a_grid_in_one_storage(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A search whose second trial diverges and whose third falls behind; at the same time a grid of named values."""
+    monkeypatch.setattr(trials.Jobs, "POLL", 0.5)
+    here = Path.cwd()
+    (here / "jobs.yaml").write_text("cpus_per_task: 1\nminutes: 10\n")
+    shared = [f"slurm={here}/jobs.yaml", f"storage={here}/all.journal"]
+    begin = [argument for argument in real(images, *shared) if not argument.startswith(("grid.", "sweep_dir="))]
+    search = [
+        *begin,
+        "name=search",
+        f"sweep_dir={here}/search",
+        "metric=loss",
+        "trials=4",
+        "at_once=1",
+        "pruner=median",
+        "startup_trials=1",
+        "grace_epochs=1",
+        "space.loss.temperature.choice=[0.1, 10]",  # the loss is 4 or more at the one, 3.4 at the other
+        "space.optim.epochs={choice: [2000], when: {loss.temperature: 0.1}}",
+        "space.optim.base_learning_rate.choice=[0.2, 1e30]",
+    ]
+    order = [(10, 0.2), (10, 1e30), (0.1, 0.2), (10, 0.2)]
+    keys = ("loss.temperature", "optim.base_learning_rate")
+    seed = seed_with(search, lambda drawn: [tuple(d[key] for key in keys) for d in drawn] == order)
+    process = Forked([*search, f"seed={seed}"])
+    kernels = "grid.kernel={sharp: {loss.temperature: 0.1}, wide: {loss.kernel: laplacian, loss.temperature: 0.5}}"
+    grid = [*begin, "name=grid", f"sweep_dir={here}/grid", kernels, "grid.optim.epochs=[1, 2]", "at_once=2"]
+    assert sweep.main(grid) == 0
+    status, output = process.finish()
+    assert status == 0, output
+    times = [
+        [(t.datetime_start, t.datetime_complete) for t in study("all.journal", n).trials] for n in ("search", "grid")
+    ]
+    assert max(t[0][0] for t in times) < min(t[-1][1] for t in times), "at the same time"
+
+    rows = table("search")
+    assert [row["state"] for row in rows] == ["finished", "failed", "ended early", "finished"], output
+    assert "it diverges" in rows[1]["error"] and int(rows[2]["epochs"]) < 2000
+    assert "trial 1: failed: error: " in output and "4 of 4 done" in output
+    best = config.build(Pretrain, [("best.yaml", config.read_yaml("search/best.yaml"))])
+    assert (best.loss.temperature, best.optim.base_learning_rate) == (10, 0.2)
+    assert "it diverges" in Path("search/report.md").read_text()
+
+    rows = table("grid")
+    jobs = [trial.user_attrs["handle"]["job"] for trial in study("all.journal", "grid").trials]
+    assert {job.partition("_")[0] for job in jobs} == {jobs[0].partition("_")[0]} and jobs[3].endswith("_3")
+    assert [(row["state"], row["kernel"], row["epochs"]) for row in rows] == [
+        ("finished", kernel, epochs) for kernel in ("sharp", "wide") for epochs in ("1", "2")
+    ]
+    capfd.readouterr()
+    assert summary.main(["grid", "rows=loss.kernel,loss.temperature", "columns=optim.epochs", "out=summary"]) == 0
+    told = capfd.readouterr().out
+    values = {(row["kernel"], row["epochs"]): f"{float(row['probe_top1']):.4g}" for row in rows}
+    assert "; 4 of 4 runs" in told
+    assert f"| cosine | 0.1 | {values['sharp', '1']} | {values['sharp', '2']} |" in told, told
+    assert f"| laplacian | 0.5 | {values['wide', '1']} | {values['wide', '2']} |" in told, told
+    assert (here / "summary" / "summary.png").exists()
