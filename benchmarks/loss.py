@@ -4,17 +4,19 @@
     python -m benchmarks.loss --images 512,1024,2048,4096,8192,16384,32768,65536      # takes hours
 
 In one process all losses take turns, in rounds of changing order, after value and gradient were compared with
-float64; one that computes something else ends the benchmark. Peak memory is of a pass of its own for each. What would
-want more memory than there is, or too much time, is left out and the table says so. Then groups of processes of
-one thread each compute the loss of one batch together.
+float64, of more than 16,384 images the gradient of 128 of them; one that computes something else ends the benchmark.
+Peak memory is of a pass of its own for each. What would want more memory than there is, or too much time, is left out
+and the table says so. Then groups of processes of one thread each compute the loss of one batch together.
 
     ours …           simclr_ddp.KernelInfoNCE; bf16 is loss.precision
+    rows only        ours, if each rank took its own rows against all columns (benchmarks.rows_only)
     plain            masked cross-entropy over the matrix of similarities, in a few lines of torch
     lightly          its NTXentLoss, and `metric learning` pytorch-metric-learning's, if they are there: `make peers`
     solo-learn       its formula, restated
     Kernel-InfoNCE   its formula, restated: gamma = 2 at the temperature at which it is the cosine, and gamma = 1
 
-The share is that of the float32 matrix products' own speed, measured beside them, which counted operations reach.
+The shares are those of the speeds of float32 matrix products and of copies, both measured beside them, that counted
+operations and bytes reach, and then the one of the two which alone would take longer.
 
 flags: --images 256,512,1024,2048,4096   images of a batch
        --widths 128,256                  widths of the embedding
@@ -44,9 +46,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import loss_report
+from benchmarks.loss_reference import Reference, reference
 from benchmarks.loss_tools import (
     COMPARED,
-    KERNELS,
     OURS,
     Loss,
     busiest_share,
@@ -57,13 +59,13 @@ from benchmarks.loss_tools import (
     work,
 )
 from benchmarks.step import take_flags
-from simclr_ddp import KernelInfoNCE, cli, distributed
+from simclr_ddp import cli, distributed, tiled
 from simclr_ddp.runtime import Runtime, describe, setup
 
 FLAGS = {"--images": "256,512,1024,2048,4096", "--widths": "128,256", "--ranks": "1,2,4", "--only": ""}
 FLAGS |= {"--repeats": "10", "--threads": "0", "--out": "benchmarks/results/loss", "--raw": ""}
-ON_RANKS = ("ours cosine", "ours laplacian", "lightly")
-REFERENCE = 16384  # images up to which there is a loss in float64 to compare with
+ON_RANKS = ("ours cosine", "ours laplacian", "rows only", "lightly")
+GROWS = {"ours spectral": 1, "metric learning": 3}  # powers of N; 2 of all others
 LONGEST = 900.0  # seconds of one repeat beyond which a loss is left out
 ALLOWED = (1e-2, 5e-2)  # relative errors of loss and gradient beyond which it is another loss
 
@@ -115,7 +117,7 @@ def benchmark(flags: dict[str, str]) -> None:
     cli.say(loss_report.header())
     for width in widths:
         for images in sizes:
-            results["rows"] += measure(images, width, repeats, names, results["rows"], product)
+            results["rows"] += measure(images, width, repeats, names, results["rows"], (product, copy))
             loss_report.write(results, Path(flags["--out"]))
     shared = [name for name in names if name in ON_RANKS]
     for count in ranks if shared else []:
@@ -140,12 +142,12 @@ def chosen(only: str) -> list[str]:
 
 
 def measure(
-    images: int, width: int, repeats: int, names: list[str], before: list[dict[str, Any]], product: float
+    images: int, width: int, repeats: int, names: list[str], before: list[dict[str, Any]], rates: tuple[float, float]
 ) -> list[dict[str, Any]]:
-    """One row a loss: seconds, error against float64, memory, and the share of the products' speed.
+    """One row a loss: seconds, error against float64, memory, and the shares of the machine's speeds.
 
-    before   rows of smaller batches, from which times are foretold
-    product  operations per second
+    before  rows of smaller batches, from which times are foretold
+    rates   operations per second of products, and bytes per second of copies
     """
     y_a, y_b = embeddings(images, width)
     free = _available_bytes()
@@ -158,9 +160,7 @@ def measure(
         elif seconds > LONGEST:
             row["left_out"] = f"about {seconds / 60:.0f} minutes a repeat, by the time of smaller batches"
     measured = {row["name"]: make(row["name"]) for row in rows if "left_out" not in row}
-    exact = {}
-    for kernel in dict.fromkeys(COMPARED[name] for name in measured):
-        exact[kernel] = reference(kernel, y_a, y_b) if images <= REFERENCE else None
+    exact = {kernel: reference(kernel, y_a, y_b) for kernel in dict.fromkeys(COMPARED[name] for name in measured)}
     errors = {}
     for name, loss in measured.items():  # which warms up, too
         _, value, gradient = once(loss, y_a, y_b)
@@ -174,39 +174,45 @@ def measure(
             row["memory_bytes"] = memory[row["name"]]
             counted = work(row["name"], images, width)
             if counted is not None:
-                row |= {"operations": counted[0], "bytes": counted[1]}
-                row["share_of_products"] = counted[0] / row["seconds"][1] / product
+                row |= {"operations": counted[0], "bytes": counted[1]} | roofline(counted, row["seconds"][1], rates)
         cli.say(loss_report.line(row))
     return rows
 
 
-def check(name: str, value: float, gradient: Tensor, exact: tuple[float, Tensor] | None) -> dict[str, float | None]:
-    """Relative errors against float64; ValueError if they are those of another loss."""
+def roofline(counted: tuple[int, int], seconds: float, rates: tuple[float, float]) -> dict[str, Any]:
+    """Which shares of products' and of copies' speed the counted operations and bytes reach, and the larger one."""
+    products, copies = (amount / seconds / rate for amount, rate in zip(counted, rates, strict=True))
+    bound = "products" if products >= copies else "copies"
+    return {"share_of_products": products, "share_of_copies": copies, "bound": bound}
+
+
+def check(name: str, value: float, gradient: Tensor, exact: Reference | None) -> dict[str, Any]:
+    """Relative errors against float64, and of how many rows of the gradient; ValueError if it is another loss."""
     if exact is None:
         if not (math.isfinite(value) and gradient.isfinite().all()):
             raise ValueError(f"the loss of {name} is {value:g}, or its gradient not finite: --only leaves it out")
-        return {"loss_error": None, "gradient_error": None}
-    wanted, slope = exact
+        return {"loss_error": None, "gradient_error": None, "gradient_rows": 0}
+    wanted, slope, rows = exact
+    found = gradient if rows is None else gradient[rows]
     error = abs(value - wanted) / abs(wanted)
-    gradient_error = ((gradient - slope).norm() / slope.norm()).item()
-    if not (error <= ALLOWED[0] and gradient_error <= ALLOWED[1]):
+    gradient_error = ((found - slope).norm() / slope.norm()).item()
+    if not (error <= ALLOWED[0] and gradient_error <= ALLOWED[1] and gradient.isfinite().all()):
         raise ValueError(
             f"the loss of {name} is {value:.6f} where float64 has {wanted:.6f}, its gradient is off by "
             f"{gradient_error:.1e}: losses that compute different things are not compared, --only leaves it out"
         )
-    return {"loss_error": error, "gradient_error": gradient_error}
+    return {"loss_error": error, "gradient_error": gradient_error, "gradient_rows": len(slope)}
 
 
 def foretold(row: dict[str, Any], before: list[dict[str, Any]]) -> float:
-    """Seconds of a loss from those at the largest batch so far of that width: they grow with the square."""
+    """Seconds of a loss from those at the largest batch so far of that width, and the power by which they grow."""
     known = [b for b in before if b["name"] == row["name"] and b["width"] == row["width"] and b["images"] > 1000]
     if not known:
         return 0.0
     last = max(known, key=lambda b: b["images"])
     if "seconds" not in last:
         return math.inf if last["images"] <= row["images"] else 0.0
-    grows = 1 if row["name"] == "ours spectral" else 2
-    return last["seconds"][1] * (row["images"] / last["images"]) ** grows
+    return last["seconds"][1] * (row["images"] / last["images"]) ** GROWS.get(row["name"], 2)
 
 
 def in_turns(
@@ -247,14 +253,10 @@ def once(loss: Loss, y_a: Tensor, y_b: Tensor) -> tuple[float, float, Tensor]:
     return taken, value.item(), torch.cat([y_a.grad, y_b.grad])
 
 
-def reference(kernel: str, y_a: Tensor, y_b: Tensor) -> tuple[float, Tensor]:
-    """Value and gradient in float64, by tiles, which the tests hold to the definition."""
-    return once(KernelInfoNCE(**KERNELS[kernel]), y_a.double(), y_b.double())[1:]
-
-
 def peak_memory(loss: Loss, y_a: Tensor, y_b: Tensor) -> int:
     """Bytes above the inputs that one forward and backward takes, of the resident set."""
-    ctypes.CDLL(None).malloc_trim(0)  # else what was freed before would not count when it is taken again
+    tiled.buffers.idle.clear()  # what is there already, or was freed before, would not count when it is taken again
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = _status("VmRSS")
     once(loss, y_a, y_b)
@@ -316,9 +318,13 @@ def in_group(sizes: list[int], widths: list[int], repeats: int, names: list[str]
 def measure_together(
     images: int, width: int, repeats: int, names: list[str], before: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """One row a loss of one batch over all ranks: the slowest rank's seconds, and the most memory of a rank."""
+    """One row a loss of one batch over all ranks: the slowest rank's seconds, and the most memory of a rank.
+
+    After the mean of the ranks' losses, and its gradient, were compared with float64.
+    """
     count, own = distributed.world_size(), distributed.own_slice(images)
-    y_a, y_b = (y[own] for y in embeddings(images, width))
+    whole = embeddings(images, width)
+    y_a, y_b = (y[own] for y in whole)
     rows: list[dict[str, Any]] = [{"name": n, "images": images, "width": width, "ranks": count} for n in names]
     for row in rows:
         wanted = whole_bytes(row["name"], images)
@@ -333,14 +339,39 @@ def measure_together(
         distributed.barrier()
         return once(loss, y_a, y_b)[0]
 
+    errors = check_together(measured, whole)
     memory = {name: _on_all_ranks(peak_memory(loss, y_a, y_b), max) for name, loss in measured.items()}
     seconds = in_turns(measured, timed, repeats, lambda own: _on_all_ranks(own, max))
     for row in rows:
         if row["name"] in measured:
             row |= {"seconds": quartiles(seconds[row["name"]]), "repeats": len(seconds[row["name"]])}
+            row |= errors[row["name"]]
             row["memory_bytes"] = int(memory[row["name"]])
             row["busiest_share"] = busiest_share(images, count) if row["name"] in OURS else None
     return rows
+
+
+def check_together(losses: dict[str, Loss], whole: tuple[Tensor, Tensor]) -> dict[str, dict[str, Any]]:
+    """Errors of the mean over ranks, by rank 0, which others wait for; all end if one is another loss."""
+    count, own = distributed.world_size(), distributed.own_slice(len(whole[0]))
+    values, gradients = {}, {}
+    for name, loss in losses.items():
+        _, value, gradient = once(loss, *(y[own] for y in whole))
+        values[name] = statistics.mean(distributed.from_all(value))
+        gathered = distributed.of_all(gradient.view(2, -1, gradient.shape[-1]) / count)  # as gradients are averaged
+        gradients[name] = torch.cat(gathered, dim=1).flatten(0, 1)
+    found: dict[str, Any] | str = {}
+    with distributed.while_main_works():
+        if distributed.is_main():
+            try:
+                exact = {kernel: reference(kernel, *whole) for kernel in dict.fromkeys(COMPARED[n] for n in losses)}
+                found = {n: check(n, values[n], gradients[n], exact[COMPARED[n]]) for n in losses}
+            except ValueError as error:
+                found = str(error)
+    found = distributed.from_main(found)
+    if isinstance(found, str):
+        distributed.fail_together(found)
+    return found
 
 
 def _on_all_ranks(value: float, choose: Callable[[list[float]], float]) -> float:

@@ -8,29 +8,39 @@ from benchmarks.step_report import counted
 
 
 def header() -> str:
-    names = f"{'ms':>10} {'quartiles':>20}{'MiB':>9}{'loss error':>12}{'gradient':>10}{'share':>8}"
-    return f"{'N':>7} {'d':>4} {'loss':<18}{names}"
+    names = f"{'ms':>10} {'quartiles':>20}{'MiB':>9}{'loss error':>12}{'gradient':>16}{'products':>10}{'copies':>8}"
+    return f"{'N':>7} {'d':>4} {'loss':<18}{names}  bound by"
 
 
 def line(row: dict[str, Any]) -> str:
     start = f"{row['images']:>7} {row['width']:>4} {row['name']:<18}"
     if "left_out" in row:
         return f"{start}   left out: {row['left_out']}"
-    errors = [f"{e:.1e}" if e is not None else "none" for e in (row["loss_error"], row["gradient_error"])]
-    share = f"{row['share_of_products']:.2f}" if "share_of_products" in row else ""
-    return f"{start}{_times(row)}{row['memory_bytes'] / 2**20:>9.1f}{errors[0]:>12}{errors[1]:>10}{share:>8}"
+    shares = ""
+    if "bound" in row:
+        shares = f"{row['share_of_products']:>10.2f}{row['share_of_copies']:>8.2f}  {row['bound']}"
+    return f"{start}{_times(row)}{row['memory_bytes'] / 2**20:>9.1f}{_errors(row)}{shares}"
 
 
 def rank_table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"\n{'ranks':>5} {'N':>7} {'d':>4} {'loss':<18}{'ms':>10} {'quartiles':>20}{'MiB':>9}{'tiles':>8}"]
+    lines = [f"\n{'ranks':>5} {'N':>7} {'d':>4} {'loss':<18}{'ms':>10} {'quartiles':>20}{'MiB':>9}"]
+    lines[0] += f"{'loss error':>12}{'gradient':>16}{'tiles':>8}"
     for row in rows:
         start = f"{row['ranks']:>5} {row['images']:>7} {row['width']:>4} {row['name']:<18}"
         if "left_out" in row:
             lines.append(f"{start}   left out: {row['left_out']}")
             continue
         share = f"{row['busiest_share']:.3f}" if row["busiest_share"] is not None else ""
-        lines.append(f"{start}{_times(row)}{row['memory_bytes'] / 2**20:>9.1f}{share:>8}")
+        lines.append(f"{start}{_times(row)}{row['memory_bytes'] / 2**20:>9.1f}{_errors(row)}{share:>8}")
     return "\n".join(lines)
+
+
+def _errors(row: dict[str, Any]) -> str:
+    """Of the loss and of the gradient, with "of 256" where it is of so many of its rows."""
+    loss, gradient = (f"{e:.1e}" if e is not None else "none" for e in (row["loss_error"], row["gradient_error"]))
+    if 0 < row["gradient_rows"] < 2 * row["images"]:
+        gradient += f" of {row['gradient_rows']}"
+    return f"{loss:>12}{gradient:>16}"
 
 
 def _times(row: dict[str, Any]) -> str:

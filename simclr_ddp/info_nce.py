@@ -104,7 +104,7 @@ class KernelInfoNCE(nn.Module):
             mix_level=mix_level,
             second_temperature=second_temperature,
             order=order,
-            squared_radius=radius * abs(radius),  # a negative one is refused
+            squared_radius=radius * abs(radius) if isinstance(radius, int | float) else radius,  # below 0: refused
             norm_p=norm_p,
             distance_p=distance_p,
             precision=precision,

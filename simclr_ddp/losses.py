@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -62,7 +63,7 @@ class Objective:
     backend             "tiled" or "triton", what computes it on a GPU; the latter is experimental: see `tiled.Problem`
 
     In `simple_sum` both parts see the whole embedding; in `concat_sum` the first sees its first half, the Gaussian
-    its second, after one normalisation of the whole.
+    its second, after one normalisation of the whole. `spectral` has no other precision and no other backend.
     """
 
     kernel: str = "cosine"
@@ -88,11 +89,11 @@ class Objective:
         _require_positive("radius (the squared radius of the sphere of embeddings)", self.squared_radius)
         if self.second_temperature is not None:
             _require_positive("second_temperature", self.second_temperature)
-        if self.order not in (1, 2, 3):
+        if isinstance(self.order, bool) or self.order not in (1, 2, 3):
             raise ValueError(f"order of the arc-cosine kernel is {self.order!r}: choose 1, 2 or 3")
-        if not self.norm_p >= 1:
+        if not (_is_number(self.norm_p) and self.norm_p >= 1):
             raise ValueError(f"norm_p is {self.norm_p!r}: choose a number from 1 up, inf for the maximum norm")
-        if not self.distance_p >= 1:
+        if not (_is_number(self.distance_p) and self.distance_p >= 1):
             raise ValueError(f"distance_p is {self.distance_p!r}: choose a number from 1 up, inf for the maximum norm")
         if self.distance_p != 2 and self.kernel not in OF_ANY_DISTANCE:
             raise ValueError(
@@ -103,7 +104,12 @@ class Objective:
             raise ValueError(
                 f"precision is {self.precision!r}, but distance_p {self.distance_p!r} has no matrix products: set fp32"
             )
-        if not 0 <= self.mix_weight <= 1:
+        for name, value, only in (("precision", self.precision, "fp32"), ("backend", self.backend, "tiled")):
+            if self.kernel == "spectral" and value != only:
+                raise ValueError(
+                    f"{name} is {value!r}, but the kernel spectral has no pairs to choose it for: set {only!r}"
+                )
+        if not (_is_number(self.mix_weight) and 0 <= self.mix_weight <= 1):
             raise ValueError(f"mix_weight is {self.mix_weight!r}: choose a number between 0 and 1")
         if self.kernel in MIXTURES and self.mix_weight in (0, 1):
             raise ValueError(
@@ -124,38 +130,55 @@ class Objective:
 def normalize(y: Tensor, squared_radius: float = 1.0, norm_p: float = 2.0) -> Tensor:
     """Scale the vectors of the last dimension to √squared_radius in the norm `norm_p` (from 1 to inf); 0 stays 0.
 
-    y  [..., D] of any float dtype; returns the same shape, float64 for float64, else float32.
+    y  [..., D] of any float dtype; returns the same shape, float64 for float64, else float32. A norm counts as at
+       least 1e-12.
     """
+    _check_floats(y)
     y = y.to(torch.promote_types(y.dtype, torch.float32))
     if norm_p == 2:
         z: Tensor = _OnSphere.apply(y, math.sqrt(squared_radius))[0]
         return z
+    # Powers of numbers far from 1 are soon 0 or inf: in units of the largest, whose choice the result doesn't show.
+    unit = y.detach().abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(y.dtype).tiny)
+    y = y / unit
     norm = torch.linalg.vector_norm(y, norm_p, dim=-1, keepdim=True)
-    return y / (norm.clamp(min=1e-12) / math.sqrt(squared_radius))
+    return y / (norm.maximum(1e-12 / unit) / math.sqrt(squared_radius))
 
 
 class _OnSphere(torch.autograd.Function):
-    """y [..., D] -> y / s and s [..., 1], s = |y| / radius: in half of the memory and passes that autograd takes."""
+    """y [..., D] -> y / s and log s [..., 1], s = |y| / radius: in half of the memory and passes that autograd takes.
+
+    The second is for second derivatives, whose chain goes through it.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         ctx.radius = radius
         scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_(min=1e-12).div_(radius)
-        z = y / scale
-        ctx.save_for_backward(z, scale)
+        if y.device.type == "cpu" and scale.isfinite().all():  # elsewhere to ask costs more than a pass
+            z = y / scale
+        else:
+            unit = torch.linalg.vector_norm(y, math.inf, dim=-1, keepdim=True).clamp_(min=torch.finfo(y.dtype).tiny)
+            z = y / unit
+            length = torch.linalg.vector_norm(z, dim=-1, keepdim=True).maximum(1e-12 / unit).div_(radius)
+            z, scale = z.div_(length), unit * length
+        log_scale = scale.log()
+        ctx.save_for_backward(z, scale, log_scale)
         ctx.set_materialize_grads(False)
-        return z, scale
+        return z, log_scale
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        z, scale = ctx.saved_tensors
-        in_z, in_scale = gradients
+        z, scale, log_scale = ctx.saved_tensors
+        in_z, in_log = gradients
         if in_z is None:
             return None, None
         along = (in_z * z).sum(dim=-1, keepdim=True) / ctx.radius**2
         along = along.masked_fill(scale <= 1e-12 / ctx.radius, 0)
-        found = torch.addcmul(in_z, z, along, value=-1).div_(scale)
-        return found if in_scale is None else found + in_scale * z / ctx.radius**2, None
+        found = torch.addcmul(in_z, z, along, value=-1)
+        if in_log is not None:
+            found = found + in_log * z / ctx.radius**2
+        return found * (-log_scale).exp() if torch.is_grad_enabled() else found.div_(scale), None
 
 
 def contrastive_loss(z: Tensor, z_all: Tensor, first: int, objective: Objective, ranks: Ranks | None = None) -> Tensor:
@@ -414,6 +437,7 @@ def _halves(z: Tensor) -> Tensor:
 
 
 def _widen(z: Tensor, z_all: Tensor) -> tuple[Tensor, Tensor]:
+    _check_floats(z, z_all)
     dtype = torch.promote_types(torch.promote_types(z.dtype, z_all.dtype), torch.float32)
     return _each(lambda t: t.to(dtype), z, z_all)
 
@@ -427,11 +451,20 @@ def _each(function: Callable[[Tensor], Tensor], z: Tensor, z_all: Tensor) -> tup
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
+def _check_floats(*embeddings: Tensor) -> None:
+    for z in embeddings:
+        if not z.is_floating_point():
+            raise ValueError(f"embeddings are of {z.dtype}: give real floating-point numbers, such as torch.float32")
+
+
 def _check_shapes(z: Tensor, z_all: Tensor, first: int) -> None:
+    _check_floats(z, z_all)
     if z.ndim < 3 or z.shape[:-2] != z_all.shape[:-2] or z.shape[-3] != 2 or z.shape[-1] != z_all.shape[-1]:
         raise ValueError(
             f"shapes {tuple(z.shape)} and {tuple(z_all.shape)} don't fit: give own rows [2, B, D], columns [2, N, D]"
         )
+    if 0 in z.shape:
+        raise ValueError(f"embeddings of shape {tuple(z.shape)} are of no image: give at least one")
     if not 0 <= first <= z_all.shape[-2] - z.shape[-2]:
         raise ValueError(
             f"first is {first}, but {z.shape[-2]} own images must lie within {z_all.shape[-2]}: "
@@ -445,6 +478,10 @@ def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}: did you mean {nearest!r}? Choose one of {', '.join(choices)}")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _require_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
+    if not (_is_number(value) and 0 < value < math.inf):
         raise ValueError(f"{name} is {value!r}: choose a number above 0")

@@ -55,7 +55,7 @@ def forward_backward(
     buffers = [b.clone() for b in state.model.buffers()]
     with torch.no_grad():
         # [V, B / parts, parts]: image i is in micro-batch i modulo parts
-        y = torch.stack([project(state.model, part).y for part in micro], dim=2).flatten(1, 2)
+        y = torch.stack([project(model, part).y for part in micro], dim=2).flatten(1, 2)
         for buffer, before in zip(state.model.buffers(), buffers, strict=True):
             buffer.copy_(before)  # batch norm's running statistics take each micro-batch once
     y = y.to(torch.promote_types(y.dtype, torch.float32)).requires_grad_()

@@ -259,7 +259,7 @@ def _tile(
             log_k = -x
         else:
             near = x <= least  # as tiled.Power: no closer than the floor, and no slope there
-            x = tl.maximum(x, least)
+            x = tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
             if GAMMA == 1:
                 log_k = -tl.sqrt(x)
                 slope = -1 / log_k

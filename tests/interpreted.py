@@ -156,6 +156,17 @@ def near_pairs(objective: Objective) -> dict[str, float]:
     return {"sums": error(sums, exact(z, z, 0, objective)), "gradient": error(gradient, wanted)}
 
 
+def not_a_number(objective: Objective) -> dict[str, float]:
+    """Of how many rows it goes unseen that an embedding, as row or as column, is NaN: row 3 pairs with all but 20."""
+    z, kernel = views(17, 16, objective).float(), tile_kernel(objective)
+    sums = triton_log_sums.log_sums(Side(z, 0), Side(z, 0), kernel)
+    z[0, 3, 5] = math.nan
+    side, seen_by = Side(z, 0, sums, torch.ones(34)), torch.arange(34) != 20
+    gradient = triton_log_sums.gradient(side, side, kernel, "fp32").flatten(0, 1)
+    unseen = (triton_log_sums.log_sums(side, side, kernel).isfinite(), gradient.isfinite().any(dim=1))
+    return {name: float((rows & seen_by).sum()) for name, rows in zip(("sums", "gradient"), unseen, strict=True)}
+
+
 def second_derivative(objective: Objective) -> dict[str, float]:
     """By the plain form, in float32."""
     norms = []
@@ -182,6 +193,8 @@ def main() -> int:
         found[f"{name}: whole batch"] = whole_batch(objective)
         found[f"{name}: sub-batch"] = sub_batch(objective)
         found[f"{name}: two ranks"] = two_ranks(objective)
+    for name, objective in objectives().items():
+        found[f"{name}: not a number"] = not_a_number(objective)
     for name in ("cosine", "laplacian"):
         objective = Objective(name, 0.2, backend="triton")
         found[f"{name}: blocks"] = blocks(objective)

@@ -72,11 +72,13 @@ def test_the_training_stage_of_the_gpu_suite() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_compiled_run_gives_the_losses_of_a_plain_one(ranks: int, images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "more"), [(1, ()), (2, ()), (1, ("optim.micro_batch_size=8", "precision=fp64"))])
+def test_a_compiled_run_gives_the_losses_of_a_plain_one(
+    ranks: int, more: tuple[str, ...], images: Path, tmp_path: Path
+) -> None:
     losses = []
     for compiled in ("false", "true"):
-        options = (*TINY, "precision=fp32", f"compile={compiled}")
+        options = (*TINY, "precision=fp32", f"compile={compiled}", *more)
         arguments = settings(images, tmp_path / compiled, *options)
         status, output = processes.run("simclr_ddp.pretrain", *arguments, ranks=ranks)
         assert status == 0, output

@@ -300,6 +300,7 @@ def test_every_setting_reaches_the_objective() -> None:
         ({"kernel": "arccos", "order": 4}, "choose 1, 2 or 3"),
         ({"kernel": "arccos", "temperature": 1.5}, "at most 1"),
         ({"radius": 0.0}, "radius"),
+        ({"radius": "1"}, "radius"),
         ({"radius": -1.0}, "radius"),
         ({"norm_p": 0.5}, "norm_p"),
         ({"gather": "fp16"}, "gather is 'fp16': choose one of fp32, bf16"),

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
+from simclr_ddp import KernelInfoNCE
 from simclr_ddp.losses import (
     KERNELS,
     Objective,
@@ -624,6 +625,37 @@ def test_normalize_has_the_gradient_of_its_formula(norm_p):
     torch.testing.assert_close(gradient, expected.detach())
 
 
+@pytest.mark.parametrize("scales", [(1e-37, 1e-14, 1e-6, 1.0, 1e6, 1e20, 1e30), (1e-37, 1e-14, 1e-6, 1.0, 1e6)])
+@pytest.mark.parametrize("norm_p", [1.0, 2.0, 3.0, 10.0, math.inf])
+def test_normalize_takes_vectors_of_any_length(norm_p, scales):
+    """Of which powers leave float32's exponents; the formula in float64 has them at length 1. The guard is at 1e-12."""
+    scale = torch.tensor(scales, dtype=torch.float64)[:, None]
+    generator = torch.Generator().manual_seed(25)
+    y = (torch.randn(len(scales), 6, generator=generator, dtype=torch.float64) * scale).float().requires_grad_()
+    upstream = torch.randn(len(scales), 6, generator=generator, dtype=torch.float64)
+    z = normalize(y, 3.0, norm_p)
+    (gradient,) = torch.autograd.grad((z * upstream).sum(), y)
+
+    leaf = (y.detach().double() / scale).requires_grad_()
+    norm = torch.linalg.vector_norm(leaf, norm_p, dim=-1, keepdim=True)
+    exact = 3**0.5 * leaf / torch.where(scale < 1e-12, 1e-12 / scale, norm)
+    (wanted,) = torch.autograd.grad((exact * upstream).sum(), leaf)
+    torch.testing.assert_close(z.double(), exact.detach(), rtol=1e-6, atol=0)
+    assert ((gradient * scale - wanted).norm(dim=-1) <= 2e-6 * wanted.norm(dim=-1)).all()
+
+
+def test_normalize_of_the_largest_numbers_there_are():
+    for dtype in (torch.float32, torch.float64):
+        longest = torch.full((1, 4), torch.finfo(dtype).max, dtype=dtype)
+        assert normalize(longest).tolist() == [[0.5] * 4]
+    y = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(26)).requires_grad_()
+    for scale in (1e200, 1e-8):
+        assert torch.autograd.gradcheck(lambda y, s=scale: normalize(s * y), y)
+        assert torch.autograd.gradgradcheck(lambda y, s=scale: normalize(s * y), y)
+    for broken in (math.nan, math.inf):
+        assert normalize(torch.tensor([[broken, 1.0], [3.0, 4.0]])).isnan().any(-1).tolist() == [True, False]
+
+
 @pytest.mark.parametrize("objective", list(members(0.05)), ids=name)
 def test_autocast_and_reduced_matrix_precision_are_ignored(objective):
     z = embeddings(64, 256, 0.5, seed=24, dtype=torch.float32)
@@ -683,6 +715,23 @@ def test_log_kernels_by_hand():
         ({"kernel": "arccos", "norm_p": math.inf}, "set norm_p to 2"),
         ({"kernel": "arccos", "squared_radius": 2.0}, "radius is 2.0"),
         ({"kernel": "arccos", "temperature": 1.5}, "temperature is 1.5"),
+        ({"temperature": "0.1"}, "temperature is '0.1': choose a number above 0"),
+        ({"temperature": None}, "temperature is None: choose"),
+        ({"temperature": True}, "temperature is True: choose"),
+        ({"second_temperature": "0.1"}, "second_temperature is '0.1': choose"),
+        ({"gamma": "1"}, "gamma is '1': choose a number above 0"),
+        ({"gamma": None}, "gamma is None: choose"),
+        ({"gamma": math.nan}, "gamma is nan: choose"),
+        ({"gamma": True}, "gamma is True: choose"),
+        ({"squared_radius": None}, "radius .* is None: choose"),
+        ({"norm_p": "inf"}, "norm_p is 'inf': choose a number from 1 up"),
+        ({"norm_p": math.nan}, "norm_p is nan"),
+        ({"distance_p": None}, "distance_p is None: choose a number from 1 up"),
+        ({"distance_p": True}, "distance_p is True: choose"),
+        ({"mix_weight": "half"}, "mix_weight is 'half': choose a number between 0 and 1"),
+        ({"order": True}, "order of the arc-cosine kernel is True: choose 1, 2 or 3"),
+        ({"kernel": "spectral", "precision": "bf16"}, "precision is 'bf16', but the kernel spectral .* set 'fp32'"),
+        ({"kernel": "spectral", "backend": "triton"}, "backend is 'triton', but the kernel spectral .* set 'tiled'"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_sentence(options, message):
@@ -702,3 +751,31 @@ def test_impossible_shapes_are_refused():
         for rows, columns in ((z[0], z), (z[0], z[0]), (z[:1], z[:1]), (z[..., :3], z)):
             with pytest.raises(ValueError, match="don't fit"):
                 loss(rows, columns, 0)
+
+
+def test_numbers_of_other_types_are_numbers():
+    assert Objective(temperature=1, gamma=np.float32(0.5), norm_p=np.float64(2), order=np.int64(2)).temperature == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+def test_embeddings_that_are_no_real_numbers_are_refused(dtype):
+    ones = torch.ones(2, 4, 6)
+    y = ones.to(dtype)
+    calls = [normalize, lambda y: spectral(y, y, 0), lambda y: info_nce(y, y, 0, lambda dot, squared: dot)]
+    for function in (contrastive_loss, contrastive_accuracy):
+        calls += [lambda y, f=function: f(y, y, 0, Objective()), lambda y, f=function: f(ones, y, 0, Objective())]
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"embeddings are of {dtype}: give real floating-point .*[^\n]$"):
+            call(y)
+
+
+@pytest.mark.parametrize("objective", [*members(0.1), Objective("laplacian", distance_p=1.0)], ids=name)
+def test_a_batch_of_no_image_is_refused(objective):
+    z = torch.zeros(2, 0, 6)
+    message = r"embeddings of shape \(2, 0, 6\) are of no image: give at least one"
+    for rows, columns in ((z, z), (z, torch.ones(2, 3, 6))):
+        for call in (contrastive_loss, contrastive_accuracy):
+            with pytest.raises(ValueError, match=message):
+                call(rows, columns, 0, objective)
+    with pytest.raises(ValueError, match=message):
+        KernelInfoNCE()(z[0], z[1])

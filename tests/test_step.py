@@ -1,15 +1,20 @@
 """Micro-batches: the undivided step where there is no batch norm, and one run on any number of ranks where there is."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.futures import Future
 
 from simclr_ddp import pretrain
 from simclr_ddp.config import Pretrain, build
 from simclr_ddp.data import open_dataset
-from simclr_ddp.distributed import CrossRankBatchNorm
+from simclr_ddp.distributed import CrossRankBatchNorm, data_parallel
 from simclr_ddp.run import make_plan
 from simclr_ddp.runtime import Runtime
 from simclr_ddp.state import State
@@ -20,14 +25,15 @@ from tests.test_parity import assert_equal_runs, model_at, relative_difference, 
 
 
 class Count(nn.Module):
-    """The most images that were in a forward pass with a graph, and how many passes there were."""
+    """Of each forward pass, how many images there were and whether it had a graph."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.most, self.passes = model, 0, 0
+        self.model = model
+        self.passes: list[tuple[int, bool]] = []
 
     def forward(self, images: Tensor) -> Tensor:
-        self.most, self.passes = max(self.most, images.shape[1]), self.passes + 1
+        self.passes.append((images.shape[1], torch.is_grad_enabled()))
         return self.model(images)
 
 
@@ -39,8 +45,10 @@ def without_batch_norm(module: nn.Module) -> None:
             without_batch_norm(child)
 
 
-def step(images: Path, normalized: bool, micro: int | None) -> tuple[Tensor, Tensor, dict[str, Tensor], Count, State]:
-    """(loss, projections, gradients, the model's passes, state) of the first step"""
+def step(
+    images: Path, normalized: bool, micro: int | None, wrap: Callable[[nn.Module], nn.Module] = Count
+) -> tuple[Tensor, Tensor, dict[str, Tensor], Any, State]:
+    """(loss, projections, gradients, the model as `wrap` made it, state) of the first step, on each of the ranks"""
     pairs = [text.split("=", 1) for text in settings(images, images.parent / "none")]
     wanted = {key: value.strip("[]").split(",") if value[:1] == "[" else value for key, value in pairs}
     made = build(Pretrain, [("the test", wanted | {"optim.micro_batch_size": micro})])
@@ -48,7 +56,7 @@ def step(images: Path, normalized: bool, micro: int | None) -> tuple[Tensor, Ten
     state = State(made, runtime, dataset)
     if not normalized:
         without_batch_norm(state.model)
-    model = Count(state.model)
+    model = wrap(state.model)
     batches = pretrain.make_batches(made, dataset, runtime.device, range(1))
     batch = next(batches)
     batches.close()
@@ -70,8 +78,31 @@ def test_without_batch_norm_it_is_the_undivided_step(micro: int, images: Path) -
 
 def test_the_encoder_holds_one_micro_batch_and_sees_each_once(images: Path) -> None:
     *_, model, state = step(images, normalized=True, micro=4)
-    assert (model.most, model.passes) == (4, 4), "the passes without a graph are the bare model's"
+    assert model.passes == [(4, False)] * 4 + [(4, True)] * 4, "all by the model as it is trained, which is compiled"
     assert state.model.encoder.bn1.num_batches_tracked == 4
+
+
+def reduced(images: Path, micro: int | None, compiled: bool) -> tuple[int, int]:
+    """On a rank: how many numbers DistributedDataParallel all-reduced in a step, and how many parameters there are."""
+    sizes: list[int] = []
+
+    def count(_: None, bucket: GradBucket) -> Future[Tensor]:
+        sizes.append(bucket.buffer().numel())
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
+    def parallel(model: nn.Module) -> nn.Module:
+        made = data_parallel(model, torch.device("cpu"))
+        made.register_comm_hook(None, count)  # type: ignore[operator]
+        return torch.compile(made, backend="eager") if compiled else made  # type: ignore[return-value]
+
+    *_, state = step(images, normalized=True, micro=micro, wrap=parallel)
+    return sum(sizes), sum(p.numel() for p in state.model.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gradients_are_reduced_once(compiled: bool, images: Path, ranks: Ranks) -> None:
+    for numbers, parameters in ranks.run(2, reduced, images, 4, compiled):
+        assert numbers == parameters > 0
 
 
 def test_batch_norm_sees_micro_batches(images: Path) -> None:

@@ -72,6 +72,12 @@ def test_pairs_within_the_floor(name: str, errors: Errors) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_is_not_a_number_stays_so(name: str, errors: Errors) -> None:
+    assert errors[f"{name}: not a number"] == {"sums": 0, "gradient": 0}
+
+
+@needs_triton
 @pytest.mark.parametrize("name", ["cosine", "laplacian"])
 def test_second_derivatives_are_the_plain_form_s(name: str, errors: Errors) -> None:
     assert worst(errors[f"{name}: second derivative"]) < 1e-5
@@ -114,7 +120,17 @@ def test_compiles_for_a_gpu_and_stages_move_no_arithmetic(name: str, gamma: floa
     assert code[0] == code[1] == code[2]
 
 
-def compiled(name: str, gamma: float, stages: int) -> tuple[Counter[str], list[str]]:
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 100])
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_compiles_for_other_gpus(name: str, capability: int) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET=1: there is nothing to compile")
+    operations, _ = compiled(name, 1.0, 2, capability)
+    assert operations["max.NaN.f32"] > 0 and not any("mma" in word for word in operations)
+
+
+def compiled(name: str, gamma: float, stages: int, capability: int = 90) -> tuple[Counter[str], list[str]]:
     """How often each float operation stands in the program for vectors of 128 numbers, and the layouts of blocks."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -131,7 +147,7 @@ def compiled(name: str, gamma: float, stages: int) -> tuple[Counter[str], list[s
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if types[a].startswith("*")}
     source = ASTSource(kernel, types, constants, aligned)
     options = {"num_warps": shape.warps, "num_stages": stages}
-    code = compile_for(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+    code = compile_for(source, target=GPUTarget("cuda", capability, 32), options=options).asm
     words = re.findall(
         r"^\s+((?:fma|mul|add|sub|max|min|ex2|lg2|div|sqrt|neg|mma|wgmma)\S*)", code["ptx"], re.MULTILINE
     )
