@@ -33,8 +33,8 @@ from simclr_ddp.tile_kernels import LOG2_E, TileKernel, Vectors, fill_own
 PRECISIONS = ("fp32", "bf16")
 BACKENDS = ("tiled", "triton")
 SAFE = 64.0  # largest |log2 k| of any pair whose k are added as they are
-TILE = 512  # rows and columns: large enough that a call costs little beside its work, a few together fit the cache
-TRIANGLE = 256  # of tiles on the diagonal, which are halved, since all of their pairs are computed twice
+TILE = 1024  # rows and columns: large enough that a call costs little beside its work, a few together fit the cache
+TRIANGLE = 512  # of tiles on the diagonal, which are halved, since all of their pairs are computed twice
 KEPT = 10 * 2**20  # so many pairs at most are kept for the backward pass: 40 MiB in float32
 
 

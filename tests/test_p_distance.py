@@ -233,7 +233,7 @@ def on_ranks(second: bool) -> dict[str, Any]:
             loss = distributed.all_sum(module(y[0], y[1]).detach()) / distributed.world_size()
             answers[str(named(objective))] = (loss, gradient.detach())
     finally:
-        tiled.TILE, p_distance.BLOCK = 512, 2**19
+        tiled.TILE, p_distance.BLOCK = 1024, 2**19
     return answers
 
 

@@ -413,7 +413,7 @@ def on_ranks(second: bool, spread: bool) -> dict[str, Any]:
             loss = distributed.all_sum(weight * module(y[0], y[1]).detach()) / distributed.world_size()
             answers[name(objective)] = (loss, gradient.detach())
     finally:
-        tiled.TILE = 512
+        tiled.TILE = 1024
     return answers
 
 
