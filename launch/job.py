@@ -61,11 +61,12 @@ def run(job: Job) -> None:
         signal.signal(number, handle)
     from submitit.helpers import TorchDistributedEnvironment
 
-    began, start = time.monotonic(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    began, start = float(os.environ.get("RUN_BEGAN", time.time())), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     os.environ.pop("MASTER_PORT", None)  # of the shell that submitted; submitit's is a function of the job's id
     ranks = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     job_id, node = ranks._job_env.job_id, ranks._job_env.hostnames[ranks._job_env.node]
     note, newest, main = job.folder / f"{job_id}.again", job.folder / f"{job_id}.start", ranks.rank == 0
+    failed = job.folder / f"{job_id}-{start}.failed"
     try:
         if ranks.local_rank == 0:
             check_writable(job.folder, node)
@@ -83,7 +84,7 @@ def run(job: Job) -> None:
             _record_start(job, job_id, start, list(ranks._job_env.hostnames), _reason(noted, job_id, start))
         return None
     except (OSError, ValueError) as error:
-        _fail(str(error), 1)
+        _fail(str(error), 1, failed)
     before = _read(job.progress)
     if main:
         noted = _read(note)
@@ -96,15 +97,19 @@ def run(job: Job) -> None:
     if held is not None:
         held.close()
     if status == PAUSED or (told and status):
-        limit = signal.SIGUSR1 in told and time.monotonic() - began > job.time_limit - job.warning - 60
+        limit = signal.SIGUSR1 in told and time.time() - began > job.time_limit - job.warning - 60
         # Only a run of pretrain says how far it has come; another command that ends with PAUSED is believed.
         stands = _read(job.progress) == before and (status != PAUSED or job.command[0] == "simclr_ddp.pretrain")
         if limit and main and stands:
-            _fail(f"the time limit, minutes={job.time_limit / 60:.0f}, came before anything was saved: raise it", 1)
+            _fail(
+                f"the time limit, minutes={job.time_limit / 60:.0f}, came before anything was saved: raise it",
+                1,
+                failed,
+            )
         reason = "time limit" if limit else "preemption" if signal.SIGUSR1 in told else REQUEUED
         return _pause(note, reason, main)
     if status:
-        _fail(f"rank {ranks.rank} on {node}: {job.command[0]} ended with status {status}", max(status, 1))
+        _fail(f"rank {ranks.rank} on {node}: {job.command[0]} ended with status {status}", max(status, 1), failed)
     return None
 
 
@@ -218,7 +223,11 @@ def _pause(note: Path, reason: str, main: bool) -> None:
         print(f"paused ({why}): unless it was cancelled, the job is queued again", flush=True)
 
 
-def _fail(message: str, status: int) -> NoReturn:
+def _fail(message: str, status: int, note: Path | None = None) -> NoReturn:
+    """End over a fault of this rank, or of its node; the note tells the batch script."""
+    if note is not None:
+        with suppress(OSError):
+            note.touch()
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 

@@ -40,7 +40,7 @@ PROGRESS = 'cat "$run_dir/checkpoints/latest" 2>/dev/null'  # of the batch scrip
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 ENDED |= {"DEADLINE", "REVOKED", "UNKNOWN"}
 NO_LOG = 128 + 53  # exit status of a job whose node can't open its log, by SLURM's convention
-LOST = 3  # starts in a row that may lose a node before anything is saved
+LOST = 3  # starts in a row that may be cut off before anything is saved
 
 
 @dataclass
@@ -73,9 +73,9 @@ class Slurm:
 COMES_BACK = f"""\
 comes_back() {{
   case "$1, $2" in
-    pause,* | preemption,* | "node failure, saved") return 0 ;;
-    "node failure, nothing") [ "$3" -le {LOST} ] ;;
-    *) return 1 ;;
+    command,*) return 1 ;;
+    pause,* | *", saved") return 0 ;;
+    *) [ "$3" -le {LOST} ] ;;
   esac
 }}"""
 # The last line before the command: code that a line of `setup` puts on the path comes behind the snapshot.
@@ -130,6 +130,8 @@ def _launch(settings: Slurm, command: list[str], flags: set[str], again: str) ->
     check_settings(settings)
     if "--local" in flags and len(flags) > 1:
         raise ValueError(f"--local with {', '.join(sorted(flags - {'--local'}))}: --local starts no job; leave one out")
+    if {"--dry-run", "--wait"} <= flags:
+        raise ValueError("--dry-run with --wait: --dry-run submits nothing to wait for; leave one out")
     if "--print-sbatch" in flags:
         for name in ("container", "srun"):
             if value := getattr(settings, name):
@@ -137,6 +139,7 @@ def _launch(settings: Slurm, command: list[str], flags: set[str], again: str) ->
                     f"{name}={value} is not in the script of --print-sbatch: leave {name} out and add it to srun's "
                     "line there, or submit without --print-sbatch"
                 )
+        _check_command(command or ["simclr_ddp.pretrain"])
         ranks, exports = tasks_per_node(settings), chosen_variables(settings)
         cli.say(template.text(settings, command or ["simclr_ddp.pretrain", "CONFIG.yaml"], ranks, exports))
         return 0
@@ -165,8 +168,7 @@ def make_plan(command: list[str], code: dict[Path, bytes] | None = None) -> Plan
     """
     if not command:
         raise ValueError("no command: write `-- simclr_ddp.pretrain configs/pretrain/NAME.yaml` after the options")
-    if not _is_command(command[0]):
-        raise ValueError(f"{command[0]} is no command: simclr_ddp.pretrain is one, without `python -m` before it")
+    _check_command(command)
     run_dir = _run_dir(command).absolute()
     if {"%", "\\"} & set(str(run_dir)) or not str(run_dir).isprintable():
         raise ValueError(f"run_dir={run_dir} holds a character that SLURM can't have in the names of logs")
@@ -311,7 +313,7 @@ def describe(settings: Slurm, plan: Plan) -> job.Job:
         gpus=settings.gpus_per_node,
         time_limit=60 * settings.minutes,
         warning=settings.warning_seconds,
-        arrival=settings.arrival_seconds,
+        arrival=min(settings.arrival_seconds, max(10, 30 * settings.minutes - settings.warning_seconds / 2)),
     )
 
 
@@ -402,6 +404,9 @@ def _run_here(settings: Slurm, plan: Plan) -> int:
     ranks = tasks_per_node(settings)
     if settings.nodes > 1:
         cli.say(f"nodes={settings.nodes}: one node's {ranks} ranks run here, which train the same run")
+    unused = [name for name in ("setup", "python", "container", "srun") if getattr(settings, name)]
+    if unused:
+        cli.say(f"{', '.join(unused)}: not with --local, which runs in this shell's environment")
     plan.folder.mkdir(parents=True, exist_ok=True)
     _write_copies(plan)
     arguments = snapshot.with_copies(plan.command, plan.config)
@@ -419,6 +424,11 @@ def _run_here(settings: Slurm, plan: Plan) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _check_command(command: list[str]) -> None:
+    if not _is_command(command[0]):
+        raise ValueError(f"{command[0]} is no command: simclr_ddp.pretrain is one, without `python -m` before it")
 
 
 def _is_command(module: str) -> bool:
@@ -486,7 +496,7 @@ def _places(plans: list[Plan], at_once: int) -> list[str]:
         lines += ['exec >>"$run_folder/${run_job}_0_log.out" 2>&1']
     else:
         lines += ['run_job="$SLURM_JOB_ID"']
-    return [*lines, f"before=$({PROGRESS})"]
+    return [*lines, f"before=$({PROGRESS})", "export RUN_BEGAN=$(date +%s)"]
 
 
 def _exports(settings: Slurm) -> list[str]:
@@ -520,39 +530,48 @@ def _queue_again() -> list[str]:
 
     The shell function `comes_back` is the rule; its arguments are the columns of its table:
 
-    what ended the start       saved since its begin   starts in a row that lost a node, this one too   queued again
-                                                       and saved nothing
-    pause, preemption          either                  any                                              yes
-    node failure               saved                   -                                                yes
-    node failure               nothing                 up to LOST                                       yes
-    node failure               nothing                 more                                             no
-    command (done or failed)   either                  any                                              no
+    what ended the start             saved since its begin   starts in a row that were cut off,   queued again
+                                                             this one too, and saved nothing
+    pause                            either                  any                                  yes
+    preemption, not met, node fail.  saved                   -                                    yes
+    preemption, not met, node fail.  nothing                 up to LOST                           yes
+    preemption, not met, node fail.  nothing                 more                                 no
+    command (done or failed)         either                  any                                  no
 
-    Without the bound a job that fails at its start where a node only seems to have gone would come back for ever.
+    A pause is a rank's word that it was told to stop, and has. A preemption here is that a rank died of the signal
+    before it could listen, and not met that they were told before all were there. Without the bound a job that fails at
+    its start would come back for ever where that only looks so: srun ends the other ranks by SIGTERM when one fails,
+    and gives the highest status. A rank that fails by its own fault, and can, says so in a file.
     """
-    probe = 'timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --output=/dev/null true'
+    nodes = '--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
+    probe = f"timeout 60 srun --overlap {nodes} --output=/dev/null true"
     return [
         "status=$?",
         *COMES_BACK.splitlines(),
         'note="$run_folder/$run_job.again" lost="$run_folder/$run_job.lost" ended=command saved=saved',
         f'[ "$before" != "$({PROGRESS})" ] || saved=nothing',
-        'if [ "$status" -eq 0 ]; then [ ! -e "$note" ] || ended=pause',
+        'failed="$run_folder/$run_job-${SLURM_RESTART_COUNT:-0}.failed"',
+        'if [ "$status" -eq 0 ]; then',
+        '  [ ! -e "$note" ] || ended=pause',
+        f'  [ "$(cat "$note" 2>/dev/null)" != "{job.NOT_MET}" ] || ended="not met"',
         "# Told to stop before it could listen: 128 + USR1, 128 + TERM.",
-        'elif [ "$status" -eq 138 ] || [ "$status" -eq 143 ]; then ended=preemption',
+        'elif [ "$status" -eq 138 ] || [ "$status" -eq 143 ] && [ ! -e "$failed" ]; then ended=preemption',
         f'elif [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && ! {probe}; then ended="node failure"',
         "fi",
         '[ "$saved" = nothing ] || rm -f "$lost"',
-        '[ "$ended" != "node failure" ] || [ "$saved" = saved ] || echo >>"$lost"',
+        'rm -f "$failed"',
+        'case "$ended, $saved" in "pause, "* | "command, "* | *", saved") ;; *) echo >>"$lost" ;; esac',
         'if ! comes_back "$ended" "$saved" "$(cat "$lost" 2>/dev/null | wc -l)"; then',
-        '  [ "$ended" = command ] || echo "error: a node has gone before anything was saved, as in the starts before: '
-        'the job is not queued again"',
+        '  [ "$ended" != command ] || exit "$status"',
+        '  echo "error: $ended before anything was saved, as in the starts before: the job is not queued again"',
+        '  [ "$status" -ne 0 ] || status=1',
         '  exit "$status"',
         "fi",
         '[ "$ended" != "node failure" ] || echo "a node has gone: the job is queued again"',
         "# SLURM has queued it again, and has lost sight of this start.",
         """restarts=$(scontrol -o show job "$run_job" 2>/dev/null | grep -o 'Restarts=[0-9]*')""",
         'case "$restarts" in "" | "Restarts=${SLURM_RESTART_COUNT:-0}") ;; *) exit "$status" ;; esac',
-        '[ "$ended" = pause ] || echo "$ended" >"$note"',
+        'case "$ended" in pause | "not met") ;; *) echo "$ended" >"$note" ;; esac',
         f'sed -i "s/^{job.REQUEUED}$/preemption/" "$note"',
         'exec scontrol requeue "$run_job"',
     ]

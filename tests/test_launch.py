@@ -197,6 +197,9 @@ def test_a_task_of_an_array_runs_in_its_own_folder(tmp_path: Path) -> None:
         (ONE, "simclr_ddp.linear_eval is no option: `--` goes before the command, as in `-- simclr_ddp.linear_eval"),
         (["--local", "--wait", "--", *ONE], "--local with --wait: --local starts no job; leave one out"),
         (["--local", "--dry-run", "--", *ONE], "--local with --dry-run: --local starts no job"),
+        (["--dry-run", "--wait", "--", *ONE], "--dry-run submits nothing to wait for"),
+        (["--print-sbatch", "--", "simclr_ddp.pretrian"], "simclr_ddp.pretrian is no command"),
+        (["--print-sbatch", "--", "python", "-m", "simclr_ddp.pretrain"], "without `python -m` before it"),
         (["--print-sbatch", "container=image", "--", *ONE], "container=image is not in the script of --print-sbatch"),
         (["--print-sbatch", "srun=[--mpi=pmix]", "--", *ONE], "srun=['--mpi=pmix'] is not in the script"),
     ],
@@ -591,7 +594,11 @@ def test_told_to_stop_while_the_others_are_awaited(tmp_path: Path) -> None:
         ("pause", "saved", 0, True),
         ("pause", "nothing", slurm.LOST + 1, True),
         ("preemption", "saved", 0, True),
-        ("preemption", "nothing", slurm.LOST + 1, True),
+        ("preemption", "nothing", slurm.LOST, True),
+        ("preemption", "nothing", slurm.LOST + 1, False),
+        ("not met", "saved", slurm.LOST + 1, True),
+        ("not met", "nothing", slurm.LOST, True),
+        ("not met", "nothing", slurm.LOST + 1, False),
         ("node failure", "saved", 0, True),
         ("node failure", "saved", slurm.LOST + 1, True),
         ("node failure", "nothing", 1, True),
@@ -623,7 +630,7 @@ def batch(tmp_path: Path) -> Callable[..., tuple[str, int]]:
             (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{content}\n")
             (tmp_path / "bin" / name).chmod(0o755)
         wanted = slurm.parameters(slurm.Slurm(nodes=2), [plan])
-        setup = wanted["setup"][:3]
+        setup = wanted["setup"][:4]
         assert setup[2].startswith("before=")
         job = [f"echo step $RANDOM > '{latest}'"] * saved + [f"printf '{note}' > '{plan.folder}/7.again'"] * bool(note)
         lines = [*setup, *job, f"(exit {status})", *wanted["teardown"]]
@@ -666,7 +673,29 @@ def test_nodes_that_go_before_anything_is_saved(tmp_path: Path, batch: Callable[
     assert batch(1, saved=True, probe=1) == again
     assert [batch(1, probe=1) for _ in range(slurm.LOST)] == [again] * slurm.LOST
     said, status = batch(1, probe=1)
-    assert status == 1 and said.startswith("error: a node has gone before anything was saved, as in the starts before")
+    assert status == 1 and said.startswith("error: node failure before anything was saved, as in the starts before")
+
+
+@pytest.mark.parametrize(("status", "note"), [(143, ""), (138, ""), (0, job.NOT_MET)])
+def test_a_job_that_is_cut_off_at_every_start(status: int, note: str, batch: Callable[..., tuple[str, int]]) -> None:
+    """As one that fails by itself is, if SIGTERM finds its other ranks before they listen."""
+    assert [batch(status, note=note) for _ in range(slurm.LOST)] == [("queued again", 0)] * slurm.LOST
+    said, code = batch(status, note=note)
+    assert code == (status or 1) and "before anything was saved" in said
+
+
+def test_a_rank_that_has_failed_says_so(
+    rank: job.Job, tmp_path: Path, batch: Callable[..., tuple[str, int]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The others were ended for it by SIGTERM, some before they could listen: the job's status is 143."""
+    Path("saving.py").write_text("import sys; sys.exit(3)")
+    with pytest.raises(SystemExit, match="3"):
+        job.run(rank)
+    said = tmp_path / "7-0.failed"
+    assert said.exists() and "saving ended with status 3" in capfd.readouterr().err
+    shutil.copy(said, tmp_path / "a run" / "slurm" / said.name)
+    assert batch(143) == ("", 143)
+    assert batch(143) == ("queued again", 0)  # in the next start nobody has said so
 
 
 def test_a_preemption_of_which_sigterm_alone_tells(

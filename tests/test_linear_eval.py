@@ -139,7 +139,7 @@ def test_representations_are_those_of_the_whole_image_in_order(
         title="the trained encoder",
     )
     assert h.dtype == runtime.dtype
-    tolerance = {"fp32": 1e-5, "fp64": 1e-6, "bf16": 0.05}[precision]
+    tolerance = {"fp32": 1e-5, "fp64": 1e-6, "bf16": 0.1}[precision]
     torch.testing.assert_close(h.double(), torch.stack(expected), rtol=tolerance, atol=tolerance)
 
 

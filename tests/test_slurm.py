@@ -254,6 +254,18 @@ def test_an_array_of_six_with_two_at_a_time(
 
 
 @pytest.mark.slow
+def test_a_node_without_python_ends_the_job(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The others are ended by SIGTERM before they listen, as by a preemption: it must not come back for ever."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$SLURM_NODEID" = 0 ] || exit 127\nexec {os.sys.executable} "$@"\n')
+    python.chmod(0o755)
+    job = submit(capfd, [*TWO_NODES, f"python=[{python}]"], training(images, tmp_path / "run"))
+    ended(job)
+    assert slurm.state(job).name == "FAILED"
+    assert "before anything was saved, as in the starts before: the job is not queued again" in log(tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_the_sbatch_template_saves_and_goes_on(
     images: Path, tmp_path: Path, undisturbed: Callable[[int], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
