@@ -1,6 +1,7 @@
 """The code as it was when a job was submitted: what it runs, however long it waits, however often it restarts."""
 
 import os
+import re
 import shutil
 import subprocess
 from hashlib import sha256
@@ -8,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("simclr_ddp", "launch")
+COPIES = re.compile(r"(^|/)slurm/\.?(code|config)-[^/]*/")  # of runs in the checkout, whole or being written
 
 
 def sources() -> dict[Path, bytes]:
@@ -67,12 +69,16 @@ def link(code: Path, target: Path) -> None:
 
 
 def _sources() -> list[Path]:
-    """Python and YAML files that git tracks or would; of an installed package, its own files."""
-    listed = _git("ls-files", "-coz", "--exclude-standard", "--", "*.py", "*.yaml").decode().split("\0")
-    found = [ROOT / name for name in listed if name and (ROOT / name).is_file()]
-    if any(path.is_relative_to(ROOT / PACKAGES[0]) for path in found):
-        return found
-    return [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    """Python and YAML files that git tracks, and new Python ones; of an installed package, its own files.
+
+    What runs write into the checkout is no code: their settings, which are new YAML files, and the copies of the code.
+    """
+    tracked = _git("ls-files", "-cz", "--", "*.py", "*.yaml")
+    new = _git("ls-files", "-oz", "--exclude-standard", "--", "*.py")
+    found = [ROOT / name for name in (tracked + new).decode().split("\0") if name and (ROOT / name).is_file()]
+    if not any(path.is_relative_to(ROOT / PACKAGES[0]) for path in found):
+        found = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    return [path for path in found if not COPIES.search(path.relative_to(ROOT).as_posix())]
 
 
 def _git(*arguments: str) -> bytes:

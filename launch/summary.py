@@ -18,7 +18,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from launch.space import label_of
-from launch.trials import LOG, SETTINGS, epoch_values, last_error
+from launch.trials import SETTINGS, epoch_values, run_error
 from simclr_ddp import checkpoint, cli, config, run
 from simclr_ddp.config import Pretrain, option
 from simclr_ddp.figures import WIDTH, save
@@ -122,7 +122,7 @@ def read_run(folder: Path) -> Run:
         faults.append(f"damaged: {type(error).__name__} {error} in metrics.jsonl or linear_eval.json")
     else:
         if found.settings and not _finished(found, step):
-            said = last_error(folder / LOG)
+            said = run_error(folder)
             faults.append(f"not finished: epoch {found.epoch:.2f} of {_length(found)}{f', {said}' if said else ''}")
     found.fault = "; ".join(faults)
     return found

@@ -2,14 +2,16 @@
 
 Each trial is a pretraining run in SWEEP_DIR/trials, a process of this machine or, with slurm=FILE.yaml, a SLURM job.
 What it draws depends on the seed and its number alone. Trials that fall behind are ended early, those that fail are
-recorded with their error. Stopped or killed, the same command goes on, and the trials with it, also with those whose
-jobs were cancelled. SWEEP_DIR holds trials.csv and best.yaml (which pretrain takes), new after each trial, and at the
-end, or when the sweep is stopped, report.md and figures.
+recorded with their error, those that SLURM refuses wait while others run. Stopped or killed, the same command goes on,
+and the trials with it, also with those whose jobs were cancelled. SWEEP_DIR holds trials.csv and best.yaml (which
+pretrain takes), new after each trial, and at the end, or when the sweep is stopped, report.md and figures.
 Exit status: 0 finished, 75 stopped by a signal or trials cut off, all saved, 1 no trial finished, 2 settings or data.
 """
 
+import importlib.util
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -50,6 +52,7 @@ class Running:
     trial: Trial
     run_dir: Path
     handle: Handle  # empty: it waits to be started
+    refused: str = ""  # what SLURM has said of its job, instead of taking it
     seen: bool = False  # running, by this process of the sweep
     again: int = 0  # times that it has been cut off since
     left: bool = False  # to the next start of the sweep
@@ -132,7 +135,8 @@ class Search:
     def fill(self) -> bool:
         """Start trials while there is room, those first that wait; whether any runs.
 
-        The waiting ones of a grid are one array of jobs if none runs, else jobs of their own as there is room.
+        The waiting ones of a grid are one array of jobs if none runs, else jobs of their own as there is room. One
+        that SLURM refuses waits for the next call; ValueError with SLURM's words if none runs.
         """
         grid = bool(self._plan.axes) and isinstance(self._runner, Jobs)
         room = self._at_once - sum(bool(r.handle) for r in self.running)
@@ -146,7 +150,13 @@ class Search:
             self._start_array(waiting)
         else:
             for r in waiting[: max(0, room)]:
-                self._start(r)
+                try:
+                    self._start(r)
+                except ValueError as error:
+                    if not any(other.handle for other in self.running):
+                        raise
+                    self._say_refused(r, " ".join(str(error).split()))
+                    break  # it would refuse the others, too
         return any(r.handle for r in self.running)
 
     def look(self) -> None:
@@ -234,8 +244,14 @@ class Search:
         logs = f"{self._plan.sweep_dir}/trials/*/slurm/{array}_*_0_log.out"
         cli.say(f"{len(waiting)} trials: array {array}, {at_once} at once, logs {logs}; cancel: scancel {array}")
 
+    def _say_refused(self, r: Running, words: str) -> None:
+        """Once, and again when they are others."""
+        if words != r.refused:
+            cli.say(f"trial {r.trial.number} waits, and is tried again: {words}")
+        r.refused = words
+
     def _begun(self, r: Running, handle: Handle) -> None:
-        r.handle, r.seen = handle, True
+        r.handle, r.seen, r.refused = handle, True, ""
         r.trial.set_user_attr("handle", handle)
 
     def _wait(self, r: Running, ending: Ending) -> None:
@@ -296,12 +312,23 @@ def make_runner(settings: Sweep) -> Processes | Jobs:
         jobs: Slurm = config.build(Slurm, [(settings.slurm, read)])
         try:
             check_settings(jobs)
+            _check_slurm()
         except ValueError as error:
             raise ValueError(f"slurm={settings.slurm}: {error}") from error
         return Jobs(jobs)
     if any(not device.isalnum() for device in settings.devices):
         raise ValueError(f"devices={settings.devices}: one device a trial is wanted, for example [0, 1]")
     return Processes(settings.devices or (visible_devices() if settings.at_once > 1 else []))
+
+
+def _check_slurm() -> None:
+    """ValueError if no job can be submitted from this machine."""
+    missing = [tool for tool in ("sbatch", "srun", "scontrol", "squeue") if shutil.which(tool) is None]
+    why = f"no SLURM on this machine ({missing[0]} is not there)" if missing else ""
+    if importlib.util.find_spec("submitit") is None:
+        why = "submitit is not installed: pip install '.[slurm]' adds it"
+    if why:
+        raise ValueError(f"{why}; leave slurm= out, and the trials are processes of this machine")
 
 
 def visible_devices() -> list[str]:

@@ -191,9 +191,11 @@ def job_error(folder: Path, job_id: str) -> str:
     return next((line for line, follows in told if not follows), told[0][0] if told else "")
 
 
-def last_error(log: Path) -> str:
-    """The last error that a log tells; empty if there is none."""
-    return _last(log.read_text(errors="replace"), "error:") if log.exists() else ""
+def run_error(run_dir: Path) -> str:
+    """The last error of a run, by the logs of its newest job or that of its process; empty if none says one."""
+    newest, log = queued(run_dir), run_dir / LOG
+    told = job_error(run_dir / "slurm", newest["job"]) if newest else ""
+    return told or (_last(log.read_text(errors="replace"), "error:") if log.exists() else "")
 
 
 def _start_time(pid: int) -> str:

@@ -347,6 +347,30 @@ def test_a_snapshot_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert Path("simclr_ddp/pretrain.py") in files and Path("another.py") not in files and not files[Path("COMMIT")]
 
 
+@pytest.mark.parametrize("git", [True, False])
+def test_a_snapshot_holds_nothing_of_runs(git: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those in the checkout that git does not ignore, or in a package."""
+    root = tmp_path / "site"
+    for package in snapshot.PACKAGES:
+        shutil.copytree(processes.ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "configs/slurm").mkdir(parents=True)
+    (root / "configs/slurm/mine.yaml").write_text("nodes: 2\n")
+    if git:
+        for arguments in ("init -q", "add .", "-c user.name=x -c user.email=x commit -q -m x"):
+            subprocess.run(["git", "-C", root, *arguments.split()], check=True)
+    (root / "launch/new.py").write_text("")
+    monkeypatch.setattr(snapshot, "ROOT", root)
+    first = snapshot.sources()
+    assert Path("launch/new.py") in first and (Path("configs/slurm/mine.yaml") in first) == git
+    for run in ("experiments/a", "launch/b"):
+        plan = slurm.make_plan(["simclr_ddp.pretrain", f"run_dir={root / run}"])
+        plan.folder.mkdir(parents=True)
+        slurm._write_copies(plan)
+        shutil.copytree(plan.code, plan.folder / f".{plan.code.name}.1.tmp")  # as another submission writes it
+        (plan.run_dir / "config.yaml").write_text("seed: 1\n")
+        assert snapshot.sources() == first
+
+
 def test_a_snapshot_is_shared(tmp_path: Path) -> None:
     first, second = tmp_path / "a" / "code-1", tmp_path / "b" / "code-1"
     for folder in (first.parent, second.parent):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,22 @@ def test_unfinished_and_damaged_runs_are_listed_and_count_in_no_mean(
     assert len(written) == 10 and sum(row["fault"] != "" for row in written) == 5
     assert (matrix / "out/summary.md").read_text() in text
     assert 0 < (matrix / "out/summary.png").stat().st_size < 300_000
+
+
+def test_a_job_says_why_it_has_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the log of the rank whose error is the cause, of the newest job; a task of an array, too."""
+    for name, job in (("a", "9"), ("b", "77_1")):
+        run = make_run(tmp_path / name, 0.5, epochs_done=3)
+        (run / "slurm").mkdir()
+        for number, submitted in enumerate(("8", job)):
+            (run / f"slurm/{submitted}_submitted.pkl").touch()
+            os.utime(run / f"slurm/{submitted}_submitted.pkl", (number, number))
+        (run / "slurm/8_0_log.out").write_text("error: of an older job\n")
+        own = "error: rank 0 on node1: simclr_ddp.pretrain ended with status 2"
+        (run / f"slurm/{job}_0_log.out").write_text(f"error: lost the other ranks (x): the first says why\n{own}\n")
+        (run / f"slurm/{job}_1_log.out").write_text("error: rank 1: step 7: it diverges (--debug shows where)\n")
+    text = printed(capfd, tmp_path)
+    assert text.count("not finished: epoch 3.00 of 4, error: rank 1: step 7: it diverges\n") == 2, text
 
 
 def test_copies_in_a_run_are_no_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

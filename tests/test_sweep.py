@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -508,6 +509,7 @@ def test_a_grid(images: Path) -> None:
 # --- jobs, with a SLURM that is not there ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_grid_is_one_job_array(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
 
@@ -531,6 +533,7 @@ def test_a_grid_is_one_job_array(images: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [t.user_attrs["handle"]["job"] for t in study().trials] == ["77_0", "77_1", "77_2"]
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_job_that_falls_behind_is_cancelled(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[subprocess.Popen[bytes]] = []
     run = subprocess.run
@@ -634,6 +637,50 @@ def test_a_refused_array_is_submitted_again_as_one(
     assert [row["state"] for row in table()] == ["finished"] * 3
 
 
+def test_a_refused_trial_waits(
+    images: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    submit = slurm.submit
+    (cluster / "state" / "71").write_text("RUNNING")
+
+    def sometimes(settings: slurm.Slurm, plan: slurm.Plan) -> str:
+        asked.append(plan.run_dir.name)
+        (cluster / "refuse").touch()
+        if len(asked) not in (2, 3):
+            (cluster / "refuse").unlink()
+        if len(asked) == 4:
+            (cluster / "state" / "71").unlink()
+        return submit(settings, plan)
+
+    monkeypatch.setattr(slurm, "submit", sometimes)
+    assert sweep.main([*options(images, TEMPERATURES), "trials=4", "slurm=jobs.yaml", "at_once=3"]) == 0
+    assert asked == ["0000", "0001", "0001", "0001", "0002", "0003"], "a refusal is the last question of a look"
+    told = capfd.readouterr().out.splitlines()
+    refused = "trial 1 waits, and is tried again: SLURM refuses the job: too many jobs"
+    assert [line for line in told if "refuses" in line] == [refused]
+    assert [row["state"] for row in table()] == ["finished"] * 4 and len(scripts(cluster)) == 4
+
+
+def test_a_refusal_while_nothing_runs(
+    images: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*options(images, TEMPERATURES), "trials=3", "slurm=jobs.yaml", "at_once=1"]
+    record = sweep.Search._record
+
+    def recorded(self: sweep.Search, *more: Any) -> None:
+        record(self, *more)
+        (cluster / "refuse").touch()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep.Search, "_record", recorded)
+        assert sweep.main(arguments) == 2
+    assert "error: SLURM refuses the job: too many jobs" in only_error(capfd)
+    (cluster / "refuse").unlink()
+    assert sweep.main(arguments) == 0
+    assert [row["state"] for row in table()] == ["finished"] * 3 and len(scripts(cluster)) == 3
+
+
 @pytest.mark.parametrize(("state", "jobs"), [("CANCELLED", 1), ("TIMEOUT", 1 + sweep.AGAIN)])
 def test_trials_whose_jobs_are_cut_off(
     state: str, jobs: int, images: Path, cluster: Path, capfd: pytest.CaptureFixture[str]
@@ -699,6 +746,23 @@ def test_a_mistake_in_the_settings_of_the_jobs(
     Path("jobs.yaml").write_text("gpus_per_node: 2\ntasks_per_node: 3\n")
     assert sweep.main(options(images, *GRID, *more)) == 2
     assert "slurm=jobs.yaml: tasks_per_node=3 with gpus_per_node=2" in only_error(capfd)
+    assert not Path("here").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_without_slurm_or_submitit(
+    more: list[str], images: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = options(images, *GRID, *more)
+    way_out = "leave slurm= out, and the trials are processes of this machine"
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "which", lambda name: None)
+        assert sweep.main(arguments) == 2
+        assert f"slurm=jobs.yaml: no SLURM on this machine (sbatch is not there); {way_out}" in only_error(capfd)
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert sweep.main(arguments) == 2
+    told = only_error(capfd)
+    assert f"slurm=jobs.yaml: submitit is not installed: pip install '.[slurm]' adds it; {way_out}" in told
     assert not Path("here").exists()
 
 
