@@ -182,7 +182,7 @@ def _meet(job: Job, ranks: Any, file: Path, stop: Callable[[], bool]) -> socket.
     """Make MASTER_ADDR and MASTER_PORT those of a free port that every node reaches; rank 0 is given what holds it."""
     nodes, held = list(ranks._job_env.hostnames), None
     if ranks.rank == 0:
-        for old in job.folder.glob(f"{ranks._job_env.job_id}-*.address"):
+        for old in job.folder.glob(f"{ranks._job_env.job_id}-*.address*"):
             old.unlink()
         address = nodes[0] if len(nodes) > 1 else "127.0.0.1"
         held = meeting.host(file, address, ranks.master_port, nodes, job.arrival, stop)

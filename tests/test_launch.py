@@ -1,5 +1,6 @@
 """Jobs without SLURM: what would be submitted, mistakes, the meeting of the nodes, the snapshot, local executors."""
 
+import json
 import os
 import shutil
 import signal
@@ -562,6 +563,102 @@ def test_a_port_that_is_taken_is_replaced(tmp_path: Path) -> None:
     assert meeting.join(tmp_path / "m", "node1", False, 10, go_on) == ("localhost", other)
 
 
+def test_two_meetings_on_one_machine(tmp_path: Path) -> None:
+    port = free_port()
+    with (
+        meeting.host(tmp_path / "m", "localhost", port, ["node1"], 10, go_on) as one,
+        meeting.host(tmp_path / "n", "localhost", port, ["node1"], 10, go_on) as other,
+    ):
+        assert one.getsockname()[1] == port != other.getsockname()[1]
+
+
+def test_no_rank_goes_on_before_all_nodes_are_there(tmp_path: Path) -> None:
+    """Ranks other than the first of their node neither connect nor go on to torch, whose own limit would count."""
+    met: list[float] = []
+
+    def join(node: str, connect: bool) -> None:
+        meeting.join(tmp_path / "m", node, connect, 20, go_on)
+        met.append(time.monotonic())
+
+    others = [threading.Thread(target=join, args=(node, False)) for node in ("node1", "node2", "node2")]
+    last = threading.Timer(2, join, ("node2", True))
+    begin = time.monotonic()
+    for thread in (*others, last):
+        thread.start()
+    meeting.host(tmp_path / "m", "localhost", free_port(), ["node1", "node2"], 20, go_on).close()
+    for thread in (*others, last):
+        thread.join()
+    assert len(met) == 4 and begin + 2 < min(met) and max(met) < begin + 10
+
+
+def test_a_rank_that_is_not_told_to_go(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text('{"address": "localhost", "port": 1}')
+    with pytest.raises(
+        ConnectionError, match=r"^node2 was not told by /.*/m\.go within 1 s that all nodes are there: "
+    ):
+        meeting.join(tmp_path / "m", "node2", False, 1, go_on)
+    with pytest.raises(ConnectionAbortedError):
+        meeting.join(tmp_path / "m", "node2", False, 60, lambda: True)
+
+
+def connect_to(file: Path, *first_bytes: bytes) -> list[socket.socket]:
+    """Connections to a meeting that begins at any time, one for each that is said in them."""
+    while not file.exists():
+        time.sleep(0.05)
+    address = json.loads(file.read_text())
+    guests = [socket.create_connection((address["address"], address["port"]), timeout=10) for _ in first_bytes]
+    for guest, said in zip(guests, first_bytes, strict=True):
+        guest.sendall(said)
+    return guests
+
+
+def test_guests_that_are_no_nodes_delay_nobody(tmp_path: Path) -> None:
+    strangers: list[socket.socket] = []
+
+    def come() -> None:
+        strangers.extend(connect_to(tmp_path / "m", *[b"\x00:\x91<"] * 3))
+        meeting.join(tmp_path / "m", "node2", True, 20, go_on)
+
+    thread = threading.Thread(target=come)
+    begin = time.monotonic()
+    thread.start()
+    with meeting.host(tmp_path / "m", "localhost", free_port(), ["node1", "node2"], 20, go_on) as held:
+        assert time.monotonic() < begin + 10
+        torch.distributed.TCPStore("localhost", held.getsockname()[1], 1, is_master=True)
+    thread.join()
+    for stranger in strangers:
+        assert stranger.recv(2) == b"", "it was not told to go"
+        stranger.close()
+
+
+def test_a_guest_that_does_not_close_delays_no_other(tmp_path: Path) -> None:
+    told: list[float] = []
+    over = threading.Event()
+
+    def come() -> None:
+        guests = connect_to(tmp_path / "m", b"node2", b"node3", b"node4")
+        for guest in guests:
+            assert guest.recv(2) == b"go"
+            told.append(time.monotonic())
+        with pytest.raises(OSError, match="refused"):  # torch's clients try again; they would wait in an open one
+            connect_to(tmp_path / "m", b"torch")
+        told.append(time.monotonic())
+        over.wait(30)
+        for guest in guests:
+            guest.close()
+
+    thread = threading.Thread(target=come)
+    begin = time.monotonic()
+    thread.start()
+    nodes = ["node1", "node2", "node3", "node4"]
+    meeting.host(tmp_path / "m", "localhost", free_port(), nodes, 20, go_on).close()
+    took = time.monotonic() - begin
+    over.set()
+    thread.join()
+    assert took < 9, "5 s for all, not for each"
+    assert len(told) == 4 and told[-1] < begin + 4
+
+
 def test_a_node_that_never_comes(tmp_path: Path) -> None:
     with pytest.raises(ConnectionError, match=r"^node2, node3 did not come to node1:"):
         meeting.host(tmp_path / "m", "node1", 0, ["node1", "node2", "node3"], 1, go_on)
@@ -607,6 +704,58 @@ def test_told_to_stop_while_the_others_are_awaited(tmp_path: Path) -> None:
     begin = time.monotonic()
     with pytest.raises(ConnectionAbortedError):
         meeting.host(tmp_path / "m", "node1", 0, ["node1", "node2"], 60, lambda: time.monotonic() > begin + 1)
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (20, 1)], ids=["first-node-told-first", "guest-told-first"])
+def test_told_to_stop_while_three_nodes_meet(first: float, second: float, tmp_path: Path) -> None:
+    """The first node's closing comes to a guest as an error, before or after its own signal."""
+    begin, nodes = time.monotonic(), ["node1", "node2", "node3"]
+    raised: list[BaseException] = []
+    ended: list[float] = []
+
+    def join() -> None:
+        try:
+            meeting.join(tmp_path / "m", "node2", True, 60, lambda: time.monotonic() > begin + second)
+        except OSError as error:
+            raised.append(error)
+        ended.append(time.monotonic())
+
+    thread = threading.Thread(target=join)
+    thread.start()
+    with pytest.raises(ConnectionAbortedError):
+        meeting.host(tmp_path / "m", "localhost", 0, nodes, 60, lambda: bool(ended) or time.monotonic() > begin + first)
+    thread.join()
+    assert [type(error) for error in raised] == [ConnectionAbortedError] and ended[0] < begin + 5
+
+
+def test_the_first_node_ends_while_the_others_are_awaited(tmp_path: Path) -> None:
+    """Nobody is told to stop: it is an error, of which the first node's log says more."""
+    found: list[str] = []
+
+    def join() -> None:
+        with pytest.raises(ConnectionError, match=r"^node2 has lost the first node, localhost:\d+, before ") as error:
+            meeting.join(tmp_path / "m", "node2", True, 60, go_on)
+        found.append(str(error.value))
+
+    thread = threading.Thread(target=join)
+    thread.start()
+    with pytest.raises(ConnectionError, match=r"^node3 did not come"):
+        meeting.host(tmp_path / "m", "localhost", 0, ["node1", "node2", "node3"], 2, go_on)
+    thread.join()
+    assert found
+
+
+def test_what_an_earlier_start_has_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+    described = job.Job([], tmp_path, tmp_path / "latest", tmp_path / ".lock", 0, 60, 30, 10)
+    environment = SimpleNamespace(job_id="7", hostnames=["node1"], node=0)
+    for start in (0, 1):
+        ranks = SimpleNamespace(rank=0, local_rank=0, master_port=free_port(), _job_env=environment)
+        held = job._meet(described, ranks, tmp_path / f"7-{start}.address", go_on)
+        assert held is not None and os.environ["MASTER_PORT"] == str(held.getsockname()[1])
+        held.close()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [f"7-{start}.address", f"7-{start}.address.go"]
 
 
 # --- queued again ---------------------------------------------------------------------------------------------------
