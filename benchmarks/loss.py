@@ -68,6 +68,7 @@ ON_RANKS = ("ours cosine", "ours laplacian", "rows only", "lightly")
 GROWS = {"ours spectral": 1, "metric learning": 3}  # powers of N; 2 of all others
 LONGEST = 900.0  # seconds of one repeat beyond which a loss is left out
 ALLOWED = (1e-2, 5e-2)  # relative errors of loss and gradient beyond which it is another loss
+PROMISED = (1e-4, 1e-3)  # the same of ours in fp32
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,11 +89,13 @@ def main(argv: list[str] | None = None) -> int:
 def benchmark(flags: dict[str, str]) -> None:
     sizes = _numbers("--images", flags["--images"], 2)
     widths = _numbers("--widths", flags["--widths"], 2)
-    repeats = _numbers("--repeats", flags["--repeats"], 2)[0]
+    repeats = _number("--repeats", flags["--repeats"], 2)
     ranks = [] if flags["--ranks"] == "0" else _numbers("--ranks", flags["--ranks"], 1)
-    threads = _numbers("--threads", flags["--threads"], 0)[0]
+    threads = _number("--threads", flags["--threads"], 0)
     names = chosen(flags["--only"])
     if "RANK" in os.environ:  # one of torchrun's processes
+        if not flags["--raw"]:
+            raise ValueError("RANK is set, as torchrun sets it: start one process without it, which starts the --ranks")
         rows = in_group(sizes, widths, repeats, names)
         if cli.main_rank():
             Path(flags["--raw"]).write_text(json.dumps(rows))
@@ -120,6 +123,8 @@ def benchmark(flags: dict[str, str]) -> None:
             results["rows"] += measure(images, width, repeats, names, results["rows"], (product, copy))
             loss_report.write(results, Path(flags["--out"]))
     shared = [name for name in names if name in ON_RANKS]
+    if ranks and not shared:
+        cli.say(f"no ranks: of the losses only {', '.join(ON_RANKS)} are measured on them")
     for count in ranks if shared else []:
         found = in_processes(count, sizes, widths, repeats, shared)
         cli.say(loss_report.rank_table(found))
@@ -196,7 +201,8 @@ def check(name: str, value: float, gradient: Tensor, exact: Reference | None) ->
     found = gradient if rows is None else gradient[rows]
     error = abs(value - wanted) / abs(wanted)
     gradient_error = ((found - slope).norm() / slope.norm()).item()
-    if not (error <= ALLOWED[0] and gradient_error <= ALLOWED[1] and gradient.isfinite().all()):
+    allowed = ALLOWED if name not in OURS or name.endswith("bf16") else PROMISED
+    if not (error <= allowed[0] and gradient_error <= allowed[1] and gradient.isfinite().all()):
         raise ValueError(
             f"the loss of {name} is {value:.6f} where float64 has {wanted:.6f}, its gradient is off by "
             f"{gradient_error:.1e}: losses that compute different things are not compared, --only leaves it out"
@@ -305,11 +311,16 @@ def in_group(sizes: list[int], widths: list[int], repeats: int, names: list[str]
     """The rows of the ranks there are, on each of them."""
     setup("cpu", "fp32", 1)
     try:
+        count = distributed.world_size()
         rows: list[dict[str, Any]] = []
         for width in widths:
             for images in sizes:
-                if images % distributed.world_size() == 0:
-                    rows += measure_together(images, width, repeats, names, rows)
+                if images % count == 0:
+                    before = [row for row in rows if row["images"] % count == 0]
+                    rows += measure_together(images, width, repeats, names, before)
+                else:
+                    row = {"images": images, "width": width, "ranks": count, "left_out": "not divisible by the ranks"}
+                    rows += [{"name": name} | row for name in names]
         return rows
     finally:
         distributed.stop()
@@ -386,6 +397,12 @@ def _numbers(name: str, text: str, least: int) -> list[int]:
     if not all(word.isdigit() and int(word) >= least for word in words):
         raise ValueError(f"{name} {text}: numbers of at least {least} are wanted, for example {name} {FLAGS[name]}")
     return sorted(int(word) for word in words)
+
+
+def _number(name: str, text: str, least: int) -> int:
+    if not (text.isdigit() and int(text) >= least):
+        raise ValueError(f"{name} {text}: one number of at least {least} is wanted, for example {name} {FLAGS[name]}")
+    return int(text)
 
 
 def _status(key: str) -> int:

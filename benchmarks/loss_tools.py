@@ -158,7 +158,7 @@ def work(name: str, images: int, width: int) -> tuple[int, int] | None:
     kernel = tile_kernel(loss.objective)
     if kernel.of_vectors:
         return None
-    kept = kernel.keeps and kernel.largest(1.0) <= tiled.SAFE and sum(areas) <= tiled.KEPT
+    kept = kernel.keeps and kernel.largest(1.0) <= tiled.SAFE and 4 * sum(areas) <= tiled.KEPT
     gradient = sum(area * (1 + tile.mirrored) for area, tile in zip(areas, tiles, strict=True))
     operations = 2 * width * (sum(areas) * (1 if kept else 2) + gradient)
     return operations, 4 * (width * sum(edges) * 4 + 2 * sum(areas) * kept)

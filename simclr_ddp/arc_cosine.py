@@ -1,13 +1,14 @@
 """The arc-cosine kernels of Cho and Saul 2009 (degrees 0 to 2) on unit vectors.
 
-With cos θ = 1 - τ(1 - a·b), 0 < τ <= 1, so that τ *multiplies* the cosine's distance from 1, and φ = π - θ,
+With cos θ = 1 - τ(1 - a·b) = 1 - τ|a-b|²/2, 0 < τ <= 1, so that τ *multiplies* the cosine's distance from 1, and
+φ = π - θ,
 
     order 1   J = π - θ                              = φ                               J' = 1
     order 2   J = sin θ + (π-θ) cos θ                = sin φ - φ cos φ                 J' = φ sin φ
     order 3   J = 3 sin θ cos θ + (π-θ)(1 + 2 cos²θ) = φ (2 + cos 2φ) - 1.5 sin 2φ     J' = 4 sin φ (sin φ - φ cos φ)
 
 and dφ = d cos θ / sin φ. Towards φ = 0 (opposite vectors) J falls as φ, φ³/3, 4φ⁵/15. cos θ is kept EDGE away from ±1,
-where the slope of θ is infinite.
+where the slope of θ is infinite. It is taken from the distance: of near vectors 1 - a·b has lost its digits.
 """
 
 import math
@@ -16,16 +17,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from simclr_ddp.tile_kernels import EXCLUDED, Slope, Vectors, fill_own, without
+from simclr_ddp.tile_kernels import EXCLUDED, Slope, Vectors, fill_own, squared_distances, without
 
 EDGE = 1e-6
 
 
 def arccos(dot: Tensor, squared_distance: Tensor, temperature: float, order: int) -> Tensor:
-    """log J of dot products; see the module."""
+    """log J of squared distances of unit vectors; see the module."""
     # In half angles, from 1 - cos θ and 1 + cos θ apart, so that neither end loses digits.
-    below_one = (temperature * (1 - dot)).clamp(EDGE, 2 - EDGE)
-    above_minus_one = (2 * (1 - temperature) + temperature * (1 + dot)).clamp(EDGE, 2 - EDGE)
+    below_one = temperature / 2 * squared_distance
+    above_minus_one = (2 - below_one).clamp(EDGE, 2 - EDGE)
+    below_one = below_one.clamp(EDGE, 2 - EDGE)
     phi = 2 * torch.atan2(above_minus_one.sqrt(), below_one.sqrt())
     return _angular(phi, order, temperature).log()
 
@@ -33,7 +35,7 @@ def arccos(dot: Tensor, squared_distance: Tensor, temperature: float, order: int
 class ArcCosine:
     """The log-kernel on tiles (simclr_ddp.tile_kernels.TileKernel)."""
 
-    of_squares, of_vectors, keeps = False, False, True
+    of_squares, of_vectors, keeps = True, False, True
 
     def __init__(self, temperature: float, order: int) -> None:
         self.temperature, self.order, self.scale = temperature, order, temperature
@@ -42,8 +44,7 @@ class ArcCosine:
         return 52.0  # 4φ⁵/15 where cos θ is EDGE from -1; J is at most 3π
 
     def tile(self, rows: Vectors, columns: Vectors, own: Sequence[int], out: Tensor) -> tuple[Tensor, Slope]:
-        torch.addmm(out, rows.z, columns.z.mT, beta=0, alpha=-self.temperature, out=out)
-        below_one = out.add_(self.temperature)
+        below_one = squared_distances(rows, columns, self.temperature / 2, out)
         fill_own(below_one, own, 1)
         least, most = below_one.aminmax()
         ends = (below_one < EDGE) | (below_one > 2 - EDGE) if least < EDGE or most > 2 - EDGE else None

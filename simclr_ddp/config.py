@@ -96,7 +96,7 @@ class Loss:
         ("cosine", "gaussian", "laplacian", "exponential", "simple_sum", "concat_sum", "arccos", "spectral"),
     )
     temperature: float = option(0.2, "divides the log-kernel: cosine/t, -distance^gamma/t; arccos multiplies", low=1e-6)
-    gamma: float = option(1.0, "power of the distance: exponential, simple_sum and concat_sum", low=0.01)
+    gamma: float = option(1.0, "power of the distance: exponential, simple_sum and concat_sum", low=0.01, high=64)
     mix_weight: float = option(0.5, "weight of the gamma kernel in the sums; the Gaussian has the rest", low=0, high=1)
     mix_level: str = option("kernel", "what the sums add: kernels (the paper) or losses (its code)", ("kernel", "loss"))
     second_temperature: float | None = option(None, "of the Gaussian in the sums; null: same as temperature", low=1e-6)
@@ -108,7 +108,7 @@ class Loss:
         low=1,
         high=math.inf,
     )
-    precision: str = option("fp32", "of the gradient's products; bf16: off by 1e-4 to 3e-3 of it", ("fp32", "bf16"))
+    precision: str = option("fp32", "of the gradient's products; bf16: off by 1e-4 to 5e-3 of it", ("fp32", "bf16"))
     gather: str = option(
         "fp32", "what ranks send; bf16: half the bytes, embeddings rounded to 8 bits", ("fp32", "bf16")
     )

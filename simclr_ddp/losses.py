@@ -41,6 +41,7 @@ MIXTURES = ("simple_sum", "concat_sum")
 KERNELS = ("cosine", "gaussian", "laplacian", "exponential", *MIXTURES, "arccos", "spectral")
 OF_ANY_DISTANCE = ("gaussian", "laplacian", "exponential")
 MIX_LEVELS = ("loss", "kernel")
+LARGEST_GAMMA = 64  # of a distance of 2, the largest at radius 1, the power is a number of float32, divided by τ too
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Objective:
 
     kernel              one of KERNELS; the function of that name gives formula and temperature convention
     temperature         τ; `spectral` has none and ignores it
-    gamma               exponent of the distance in `exponential` and in the first part of the mixtures
+    gamma               exponent of the distance in `exponential` and in the first part of the mixtures, at most 64
     mix_weight          λ, weight of the first part of a mixture; the second, Gaussian part has 1 - λ
     mix_level           of a mixture, "loss": λ·loss₁ + (1-λ)·loss₂, as the authors' code (arXiv 2303.15103);
                         "kernel": one loss whose kernel is λ·k₁ + (1-λ)·k₂, as their text
@@ -85,7 +86,8 @@ class Objective:
         _require_choice("precision", self.precision, PRECISIONS)
         _require_choice("backend", self.backend, BACKENDS)
         _require_positive("temperature", self.temperature)
-        _require_positive("gamma", self.gamma)
+        if not (_is_number(self.gamma) and 0 < self.gamma <= LARGEST_GAMMA):
+            raise ValueError(f"gamma is {self.gamma!r}: choose a number above 0, at most {LARGEST_GAMMA}")
         _require_positive("radius (the squared radius of the sphere of embeddings)", self.squared_radius)
         if self.second_temperature is not None:
             _require_positive("second_temperature", self.second_temperature)
@@ -173,11 +175,11 @@ class _OnSphere(torch.autograd.Function):
         in_z, in_log = gradients
         if in_z is None:
             return None, None
-        along = (in_z * z).sum(dim=-1, keepdim=True) / ctx.radius**2
-        along = along.masked_fill(scale <= 1e-12 / ctx.radius, 0)
-        found = torch.addcmul(in_z, z, along, value=-1)
+        along = (in_z * z).sum(dim=-1, keepdim=True)
         if in_log is not None:
-            found = found + in_log * z / ctx.radius**2
+            along = along - in_log
+        along = (along / ctx.radius**2).masked_fill(scale <= 1e-12 / ctx.radius, 0)  # the guard: s is a constant
+        found = torch.addcmul(in_z, z, along, value=-1)
         return found * (-log_scale).exp() if torch.is_grad_enabled() else found.div_(scale), None
 
 
@@ -323,8 +325,9 @@ def exponential(
     """
     if gamma == 2:
         return gaussian(dot, squared_distance, temperature)
-    if gamma < 2:
-        squared_distance = squared_distance.clamp(min=1e-6 * squared_radius)
+    # Beyond 2 a second derivative may be infinite at 0, and meets a distance of 0 (0·inf = NaN).
+    least = 1e-6 * squared_radius if gamma < 2 else torch.finfo(squared_distance.dtype).tiny
+    squared_distance = squared_distance.clamp(min=least)
     return -squared_distance.pow(gamma / 2) / temperature
 
 

@@ -99,7 +99,13 @@ def p_norm(u: Tensor, p: float) -> Tensor:
         return size.gather(-1, size.argmax(-1, keepdim=True)).squeeze(-1)
     # Relative to the largest coordinate: powers of small numbers are soon no numbers of float32.
     largest = size.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
-    total = (size / largest).pow(p).sum(-1)
+    ratio = size / largest
+    if p < 2 and ratio.requires_grad:  # a second derivative is infinite at 0, and would meet 0 (0·inf = NaN)
+        none = ratio == 0
+        powers = ratio.masked_fill(none, 1).pow(p).masked_fill(none, 0)
+    else:
+        powers = ratio.pow(p)
+    total = powers.sum(-1)
     zero = total == 0  # there the root's slope is infinite
     return total.masked_fill(zero, 1).pow(1 / p).masked_fill(zero, 0) * largest.squeeze(-1)
 

@@ -87,7 +87,8 @@ class Power:
         self.scale = gamma * self.unit * self.outer / LOG2_E  # d log k / d a·b = scale x^(γ/2 - 1)
 
     def largest(self, radius: float) -> float:
-        return self.outer * (self.unit * 4 * radius**2) ** (self.gamma / 2)
+        x = self.unit * 4 * radius**2
+        return self.outer * x ** (self.gamma / 2) if x < 1e9 else math.inf
 
     def tile(self, rows: Vectors, columns: Vectors, own: Sequence[int], out: Tensor) -> tuple[Tensor, Slope]:
         factor = -self.unit * self.outer if self.gamma == 2 else self.unit

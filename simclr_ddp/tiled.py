@@ -5,9 +5,9 @@ With k the kernel, and negatives of m the views of the images other than m's,
     log-sum   A_m = log Σ_{negatives j of m} k(z_m, z_j)
     gradient  Σ_m g_m ∂A_m = Σ_{pairs m, j} S_mj ∂log k(z_m, z_j)     S_mj = g_m exp(log k - A_m) + g_j exp(log k - A_j)
 
-The forward pass keeps A, and of small batches the tiles (40 MiB at most); of others the backward pass computes them
-again. Where the anchors are the whole batch, a pair is in one tile, on or above the diagonal, which serves its row and
-its column. Ranks share these tiles out evenly.
+The forward pass keeps A, and of small batches the tiles (40 MiB a kernel at most; a mixture of losses has two kernels);
+of others the backward pass computes them again. Where the anchors are the whole batch, a pair is in one tile, on or
+above the diagonal, which serves its row and its column. Ranks share these tiles out evenly.
 
 Tiles hold log2 k: exp2 is three times as fast as exp, and no slower where it underflows. Where the lengths of the
 vectors bound log2 k to a range well within float32's exponents, sums are of k itself, one exponential a pair. Else, at
@@ -35,7 +35,7 @@ BACKENDS = ("tiled", "triton")
 SAFE = 64.0  # largest |log2 k| of any pair whose k are added as they are
 TILE = 1024  # rows and columns: large enough that a call costs little beside its work, a few together fit the cache
 TRIANGLE = 512  # of tiles on the diagonal, which are halved, since all of their pairs are computed twice
-KEPT = 10 * 2**20  # so many pairs at most are kept for the backward pass: 40 MiB in float32
+KEPT = 40 * 2**20  # so many bytes of tiles at most are kept for the backward pass
 
 
 class Ranks(Protocol):
@@ -59,7 +59,7 @@ class Problem:
     first      position in z_all of row 0's image
     precision  of the gradient's products, weights times embeddings, for float32: "fp32", or "bf16", which rounds
                operands and each tile's product: twice as fast where the processor has such instructions, and off by
-               1e-4 to 3e-3 of the gradient's norm, most where embeddings cluster. The kernels are float32 either way.
+               1e-4 to 5e-3 of the gradient's norm, most where embeddings cluster. The kernels are float32 either way.
     ranks      None: the gradient in z and in z_all is this process's. Else z_all are all ranks' z, taken as constant,
                and the gradient in z is that of the sum over ranks of what each makes of its log-sums.
     backend    "tiled", or "triton": the kernels of `simclr_ddp.triton_log_sums` where they can do it. Experimental:
@@ -332,7 +332,7 @@ class _Pairs:
         kernel = self.problem.kernel
         rows, columns = self._sides()
         direct, all_pairs = self._is_direct(rows, columns), sum(map(_area, self.tiles))
-        keep = keep and direct and kernel.keeps and all_pairs <= KEPT
+        keep = keep and direct and kernel.keeps and all_pairs * self.z.element_size() <= KEPT
         kept = buffers.take("kept", all_pairs, self.z) if keep else None
         sums = self.z.new_full((rows.z.shape[-2],), 0 if direct else -math.inf)
         with self._scratch(2) as (out, scratch), full_precision(self.z.device.type):

@@ -135,13 +135,64 @@ def test_another_loss_is_caught(
     [
         (["--only", "lightning"], "--only lightning is no loss: choose among ours cosine"),
         (["--images", "1"], "--images 1: numbers of at least 2"),
-        (["--repeats", "ten"], "--repeats ten"),
+        (["--repeats", "ten"], "--repeats ten: one number of at least 2 is wanted, for example --repeats 10"),
+        (["--repeats", "10,2"], "--repeats 10,2: one number"),
+        (["--repeats", "1"], "--repeats 1: one number"),
+        (["--threads", "2,1"], "--threads 2,1: one number of at least 0"),
         (["--image", "16"], "unknown argument --image"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert loss.main(arguments) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_one_of_torchruns_processes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(loss, "in_group", lambda *_: pytest.fail("it measures"))
+    assert loss.main([]) == 2
+    assert capsys.readouterr().err == (
+        "error: RANK is set, as torchrun sets it: start one process without it, which starts the --ranks\n"
+    )
+
+
+def test_sizes_that_ranks_cannot_share_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no time is foretold from them."""
+    befores = []
+
+    def together(images: int, width: int, repeats: int, names: list[str], before: list[Any]) -> list[dict[str, Any]]:
+        befores.append([row["images"] for row in before])
+        return [{"name": name, "images": images, "width": width, "ranks": 4, "seconds": [1.0] * 3} for name in names]
+
+    monkeypatch.setattr(loss, "setup", lambda *_: None)
+    monkeypatch.setattr(loss.distributed, "world_size", lambda: 4)
+    monkeypatch.setattr(loss.distributed, "stop", lambda: None)
+    monkeypatch.setattr(loss, "measure_together", together)
+    rows = loss.in_group([2048, 2050, 4096], [8], 2, ["ours cosine", "lightly"])
+    assert [(row["name"], row["images"]) for row in rows] == [
+        (name, images) for images in (2048, 2050, 4096) for name in ("ours cosine", "lightly")
+    ]
+    assert [row.get("left_out") for row in rows] == [None] * 2 + ["not divisible by the ranks"] * 2 + [None] * 2
+    assert befores == [[], [2048, 2048]]
+    assert "2050    8 ours cosine          left out: not divisible" in loss_report.rank_table(rows[2:4])
+
+
+def test_losses_that_ranks_do_not_share_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark(tmp_path, "--images", "16", "--ranks", "2", "--only", "plain") == 0
+    told = "no ranks: of the losses only ours cosine, ours laplacian, rows only, lightly are measured on them"
+    assert told in capsys.readouterr().out.splitlines()
+
+
+def test_ours_is_held_to_the_precision_it_promises() -> None:
+    gradient = torch.ones(4, 3)
+    exact = loss_reference.Reference(1.0, gradient.double(), None)
+    for value, slope in ((1.0 + 2e-4, gradient), (1.0, gradient * 1.002)):
+        with pytest.raises(ValueError, match="the loss of ours cosine is "):
+            loss.check("ours cosine", value, slope, exact)
+        for name in ("ours cosine bf16", "plain", "Kernel-InfoNCE 2"):
+            assert loss.check(name, value, slope, exact)["gradient_rows"] == 4
 
 
 def test_times_are_foretold() -> None:

@@ -146,6 +146,7 @@ def test_what_is_written_is_what_is_read(cls: type, tmp_path: Path) -> None:
         ("data.augmentation.flip=2", ["data.augmentation.flip=2.0 is too large: at most 1 is wanted"]),
         ("data.augmentation.blur=[0.5,1.5]", ["data.augmentation.blur=1.5 is too large"]),
         ("loss.order=4", ["loss.order=4 is too large: at most 3"]),
+        ("loss.gamma=65", ["loss.gamma=65.0 is too large: at most 64"]),
         ("seed=-1", ["seed=-1 is too small"]),
         ("seed=99999999999999999999", ["is too large"]),
         ("name='", ["name=': the value is not valid YAML"]),

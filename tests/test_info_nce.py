@@ -8,6 +8,7 @@ for one loss) would each fail a test here. At a temperature of 0.1, since at 0.5
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -289,6 +290,11 @@ def test_every_setting_reaches_the_objective() -> None:
     assert KernelInfoNCE("laplacian", distance_p=3.0).objective == Objective("laplacian", distance_p=3.0)
 
 
+@pytest.mark.parametrize("radius", [2, 2.0, np.float32(2), np.float64(2), np.int64(2)])
+def test_the_radius_is_squared(radius: float) -> None:
+    assert KernelInfoNCE("laplacian", radius=radius).objective.squared_radius == 4
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -302,6 +308,9 @@ def test_every_setting_reaches_the_objective() -> None:
         ({"radius": 0.0}, "radius"),
         ({"radius": "1"}, "radius"),
         ({"radius": -1.0}, "radius"),
+        ({"radius": np.float32(-1.0)}, "radius"),
+        ({"radius": True}, "radius .* is True"),
+        ({"kernel": "exponential", "gamma": 1000}, "gamma is 1000: choose a number above 0, at most 64"),
         ({"norm_p": 0.5}, "norm_p"),
         ({"gather": "fp16"}, "gather is 'fp16': choose one of fp32, bf16"),
         ({"gather": "bf16", "kernel": "spectral"}, "spectral sends a gradient"),

@@ -108,7 +108,7 @@ def oracle_power(a, b, temperature, gamma, mu):
 
 
 def oracle_arccos(a, b, temperature, order):
-    c = temperature * math.fsum(a * b) + 1 - temperature
+    c = 1 - temperature * math.fsum((a - b) ** 2) / 2
     inside = -1 + 1e-6 < c < 1 - 1e-6
     theta = math.acos(min(max(c, -1 + 1e-6), 1 - 1e-6))
     j1 = math.pi - theta
@@ -116,7 +116,7 @@ def oracle_arccos(a, b, temperature, order):
     j3 = 3 * math.sin(theta) * math.cos(theta) + j1 * (1 + 2 * math.cos(theta) ** 2)
     j = (j1, j2, j3)[order - 1]
     slope = (1 / math.sin(theta), j1, 4 * j2)[order - 1]
-    return math.log(j), inside * temperature * slope / j * b
+    return math.log(j), inside * temperature * slope / j * (b - a)
 
 
 def oracle_pair(a, b, o):
@@ -289,16 +289,16 @@ def test_arccos_is_exact_down_to_opposite_vectors(order, dtype):
         return quad(lambda t: t * math.sin(t), 0, phi, epsabs=0, epsrel=1e-12)[0]
 
     for one_plus_cosine in (1e-5, 1e-3, 0.1, 0.9, 0.95, 1.1, 1.9):
-        dot = torch.tensor(one_plus_cosine - 1, dtype=dtype)
-        phi = 2 * math.asin(math.sqrt((1 + dot.item()) / 2))
+        squared = torch.tensor(4 - 2 * one_plus_cosine, dtype=dtype)
+        phi = 2 * math.asin(math.sqrt(1 - squared.item() / 4))
         j3 = quad(lambda t: 4 * j2(t) * math.sin(t), 0, phi, epsabs=0, epsrel=1e-12)[0]
         expected = math.log((phi, j2(phi), j3)[order - 1])
-        got = arccos(dot, dot, 1.0, order).item()
+        got = arccos(1 - squared / 2, squared, 1.0, order).item()
         assert got == pytest.approx(expected, abs=3e-6 if dtype == torch.float32 else 1e-11), one_plus_cosine
-    opposite = torch.tensor(-1.0, dtype=dtype)  # where 1 + cos θ is held at 1e-6
+    opposite = torch.tensor([-1.0, 4.0], dtype=dtype)  # where 1 + cos θ is held at 1e-6
     small = math.sqrt(2e-6)
     leading = (small, small**3 / 3, 4 * small**5 / 15)[order - 1]
-    assert arccos(opposite, opposite, 1.0, order).item() == pytest.approx(math.log(leading), abs=3e-6)
+    assert arccos(*opposite, 1.0, order).item() == pytest.approx(math.log(leading), abs=3e-6)
 
 
 # --- one loss, any number of ranks ----------------------------------------------------------------------------------
@@ -644,12 +644,26 @@ def test_normalize_takes_vectors_of_any_length(norm_p, scales):
     assert ((gradient * scale - wanted).norm(dim=-1) <= 2e-6 * wanted.norm(dim=-1)).all()
 
 
+@pytest.mark.parametrize("gamma", [2.01, 2.5, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_second_derivatives_at_identical_views(gamma, dtype):
+    """Where a power of the squared distance between 1 and 2 has an infinite one."""
+    y = embeddings(3, 4, seed=28, dtype=dtype)
+    y[1] = y[0]
+    y.requires_grad_()
+    objective = Objective("exponential", 1.0, gamma=gamma)
+    (gradient,) = torch.autograd.grad(whole(objective)(normalize(y)), y, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), y)[0].isfinite().all()
+    if gamma == 3 and dtype == torch.float64:  # of less the differences are too steep for finite ones
+        assert torch.autograd.gradgradcheck(lambda y: whole(objective)(normalize(y)), y)
+
+
 def test_normalize_of_the_largest_numbers_there_are():
     for dtype in (torch.float32, torch.float64):
         longest = torch.full((1, 4), torch.finfo(dtype).max, dtype=dtype)
         assert normalize(longest).tolist() == [[0.5] * 4]
     y = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(26)).requires_grad_()
-    for scale in (1e200, 1e-8):
+    for scale in (1e200, 1e-8, 1e-13):  # of the last lengths are some 2e-13, below the guard: no part of the slope
         assert torch.autograd.gradcheck(lambda y, s=scale: normalize(s * y), y)
         assert torch.autograd.gradgradcheck(lambda y, s=scale: normalize(s * y), y)
     for broken in (math.nan, math.inf):
@@ -691,7 +705,7 @@ def test_log_kernels_by_hand():
     assert exponential(dot, squared, 0.1, 1.0).item() == pytest.approx(-5)
     assert exponential(dot, 0 * squared, 0.1, 1.0).item() == pytest.approx(-0.01)  # 0.001 radii
     assert exponential(dot, 0 * squared, 0.1, 1.0, 4.0).item() == pytest.approx(-0.02)
-    assert arccos(dot, squared, 1.0, 1).item() == pytest.approx(math.log(2 * math.pi / 3))
+    assert arccos(dot, 4 * squared, 1.0, 1).item() == pytest.approx(math.log(2 * math.pi / 3))  # unit vectors
 
 
 @pytest.mark.parametrize(
@@ -706,6 +720,7 @@ def test_log_kernels_by_hand():
         ({"temperature": math.inf}, "temperature is inf"),
         ({"second_temperature": 0.0}, "second_temperature is 0.0"),
         ({"gamma": 0.0}, "gamma is 0.0"),
+        ({"gamma": 65.0}, "gamma is 65.0: choose a number above 0, at most 64"),
         ({"squared_radius": 0.0}, "radius .* is 0.0"),
         ({"norm_p": -1.0}, "norm_p is -1.0: .* inf for the maximum norm"),
         ({"mix_weight": 1.1}, "mix_weight is 1.1"),
@@ -751,6 +766,17 @@ def test_impossible_shapes_are_refused():
         for rows, columns in ((z[0], z), (z[0], z[0]), (z[:1], z[:1]), (z[..., :3], z)):
             with pytest.raises(ValueError, match="don't fit"):
                 loss(rows, columns, 0)
+
+
+@pytest.mark.parametrize("kernel", ["exponential", "simple_sum", "concat_sum"])
+def test_the_largest_gamma_is_computed_in_float32(kernel):
+    z = embeddings(16, 8, seed=27, dtype=torch.float32)
+    z[1, 3] = -z[0, 3]  # 2 apart, 2^64 / τ
+    for temperature in (1e-6, 1.0):
+        objective = Objective(kernel, temperature, gamma=64)
+        value, gradient = loss_and_gradient(z, whole(objective))
+        assert value.item() == pytest.approx(whole(objective)(z.double()).item(), rel=1e-4)
+        assert gradient.isfinite().all()
 
 
 def test_numbers_of_other_types_are_numbers():

@@ -129,6 +129,20 @@ def test_coincident_vectors(objective: Objective) -> None:
     assert value.item() == pytest.approx(math.log(9)) and gradient.abs().max() == 0
 
 
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.5, math.inf])
+@pytest.mark.parametrize("gamma", [1.0, 2.0, 3.0])
+def test_second_derivatives_at_equal_coordinates(p: float, gamma: float) -> None:
+    """Of all of two vectors, and of one."""
+    y = views(5)
+    y[1, 0] = y[0, 0]
+    y[:, 2, 1] = 0
+    y.requires_grad_()
+    z = normalized(y)
+    loss = contrastive_loss(z, z, 0, Objective("exponential", 0.5, gamma=gamma, distance_p=p))
+    (gradient,) = torch.autograd.grad(loss, y, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), y)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("p", [1.0, 1.5, 3.0, 60.0, math.inf])
 def test_accuracy_in_float32(p: float) -> None:
     """At p = 60 the powers of all coordinates are 0 in float32."""

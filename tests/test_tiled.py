@@ -159,6 +159,20 @@ def test_nearly_collapsed_embeddings_keep_their_gradient(kernel: str, width: int
     assert (gradient - exact_gradient).norm() <= 1e-3 * exact_gradient.norm()
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(("temperature", "spread"), [(1.0, 0.01), (0.1, 0.03)])
+def test_nearly_collapsed_embeddings_keep_their_gradient_in_arccos(
+    order: int, temperature: float, spread: float
+) -> None:
+    """Whose cosines are 1 in all but two digits of float32, and more than the kernel's EDGE from it."""
+    y = 3.0 + spread * views(48, 64)
+    objective = Objective("arccos", temperature, order=order)
+    exact, exact_gradient = loss_and_gradient(y, objective, plain)
+    value, gradient = loss_and_gradient(y.float(), objective)
+    assert value.item() == pytest.approx(exact.item(), rel=1e-5)
+    assert (gradient - exact_gradient).norm() <= 1e-4 * exact_gradient.norm()
+
+
 @pytest.mark.parametrize(("gamma", "temperature"), [(0.05, 0.1), (0.01, 0.1), (0.01, 3.0), (1.0, 1e-8), (0.5, 1e15)])
 def test_powers_beyond_the_exponents_of_float32(gamma: float, temperature: float) -> None:
     objective = Objective("exponential", temperature, gamma=gamma)
@@ -324,9 +338,16 @@ def test_no_tensor_grows_with_the_square(objective: Objective, monkeypatch: pyte
 
 
 def test_what_is_kept_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    z = normalize(views(64)).requires_grad_()
-    for limit, kept in ((128**2, True), (64**2, False)):
-        monkeypatch.setattr(tiled, "TILE", 16)
+    """In bytes, of any dtype."""
+    monkeypatch.setattr(tiled, "TILE", 16)
+    numbers = sum(map(area, tiled.tiles(64, 64, 0, True)))
+    for dtype, limit, kept in (
+        (torch.float32, 4 * numbers, True),
+        (torch.float32, 4 * numbers - 1, False),
+        (torch.float64, 8 * numbers, True),
+        (torch.float64, 8 * numbers - 1, False),
+    ):
+        z = normalize(views(64).to(dtype)).requires_grad_()
         monkeypatch.setattr(tiled, "KEPT", limit)
         problem = tiled.Problem(tile_kernels.Cosine(10.0), lambda z, z_all: z, 0, "fp32", None)
         assert (tiled.log_sums(z, z, problem).grad_fn.kept is not None) == kept  # type: ignore[union-attr]
