@@ -160,7 +160,8 @@ class _OnSphere(torch.autograd.Function):
         if y.device.type == "cpu" and scale.isfinite().all():  # elsewhere to ask costs more than a pass
             z = y / scale
         else:
-            unit = torch.linalg.vector_norm(y, math.inf, dim=-1, keepdim=True).clamp_(min=torch.finfo(y.dtype).tiny)
+            unit = torch.linalg.vector_norm(y, math.inf, dim=-1, keepdim=True)
+            unit = unit.masked_fill_(scale.isfinite(), 1)  # others' bits don't depend on who is beside them
             z = y / unit
             length = torch.linalg.vector_norm(z, dim=-1, keepdim=True).maximum(1e-12 / unit).div_(radius)
             z, scale = z.div_(length), unit * length

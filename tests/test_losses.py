@@ -670,6 +670,13 @@ def test_normalize_of_the_largest_numbers_there_are():
         assert normalize(torch.tensor([[broken, 1.0], [3.0, 4.0]])).isnan().any(-1).tolist() == [True, False]
 
 
+def test_a_vector_beyond_the_norm_leaves_others_their_bits():
+    """It may be on another rank, or, on one rank, beside them."""
+    y = embeddings(64, 128, seed=27, dtype=torch.float32)
+    beside = torch.cat([y, torch.full_like(y[:, :1], 1e30)], dim=1)
+    assert torch.equal(normalize(beside)[:, :-1], normalize(y))
+
+
 @pytest.mark.parametrize("objective", list(members(0.05)), ids=name)
 def test_autocast_and_reduced_matrix_precision_are_ignored(objective):
     z = embeddings(64, 256, 0.5, seed=24, dtype=torch.float32)
