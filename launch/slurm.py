@@ -39,6 +39,7 @@ POLL = 3.0  # seconds between two looks at a job
 PROGRESS = 'cat "$run_dir/checkpoints/latest" 2>/dev/null'  # of the batch script: what was saved last
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 ENDED |= {"DEADLINE", "REVOKED", "UNKNOWN"}
+TOOLS = ("sbatch", "srun", "scontrol", "squeue")  # without which no job can be submitted, and followed
 NO_LOG = 128 + 53  # exit status of a job whose node can't open its log, by SLURM's convention
 LOST = 3  # starts in a row that may be cut off before anything is saved
 
@@ -53,7 +54,9 @@ class Slurm:
     memory_gb: int = option(0, "of a node; 0: the partition's default", low=0)
     minutes: int = option(60, "time limit of a start; the job is queued again, and goes on", low=1)
     warning_seconds: int = option(120, "before it, SLURM tells the job to save; more for large models", low=1)
-    arrival_seconds: int = option(300, "that the nodes wait for each other at a start", low=1)
+    arrival_seconds: int = option(
+        300, "that the nodes wait for each other at a start; at most half of the time until the warning", low=1
+    )
     partition: str = option("", "of the cluster, as `sinfo` lists them; empty: its default")
     account: str = option("", "who pays")
     qos: str = option("", "quality of service")
@@ -259,7 +262,7 @@ def _submit(settings: Slurm, plans: list[Plan], at_once: int = 0) -> str:
     import submitit
     from submitit.core.utils import DelayedSubmission, JobPaths, temporary_save_path
 
-    for tool in ("sbatch", "srun", "scontrol", "squeue"):
+    for tool in TOOLS:
         if shutil.which(tool) is None:
             raise ValueError(f"no SLURM on this machine ({tool} is not there): --local runs the command without it")
     own, plans = plans, _sharing(plans)

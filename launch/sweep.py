@@ -323,7 +323,9 @@ def make_runner(settings: Sweep) -> Processes | Jobs:
 
 def _check_slurm() -> None:
     """ValueError if no job can be submitted from this machine."""
-    missing = [tool for tool in ("sbatch", "srun", "scontrol", "squeue") if shutil.which(tool) is None]
+    from launch.slurm import TOOLS
+
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     why = f"no SLURM on this machine ({missing[0]} is not there)" if missing else ""
     if importlib.util.find_spec("submitit") is None:
         why = "submitit is not installed: pip install '.[slurm]' adds it"
