@@ -1,7 +1,7 @@
 """The cosine loss as `simclr_ddp.tiled` could do it: each rank takes its own rows against all columns, and no more.
 
-No pair serves its row and its column, so there are three products of 2B x 2N pairs in place of two (forward, again, and
-the gradient, which is halved neither), and twice the exponentials; in return ranks send each other 4N numbers, and no
+No pair serves its row and its column, so there are three products of 2B x 2N pairs in place of two, and twice the
+exponentials; in return ranks send each other 4N numbers, and no
 gradient [2N, D] is added up over ranks. Here to be compared.
 """
 
