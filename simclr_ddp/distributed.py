@@ -332,12 +332,10 @@ MOMENTUM = 0.1  # of the running statistics; TensorFlow's 0.9
 
 def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of this rank's samples, float32 or wider."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if x.device.type == "cpu":  # one fused pass, which torch.var_mean is not here
-        unused = torch.zeros(x.shape[1], dtype=wide)
-        return torch.batch_norm_update_stats(x, unused, unused.clone(), 0.0)
-    var, mean = torch.var_mean(x.to(wide), [0, *range(2, x.dim())], correction=0)
-    return mean, var
+    # One fused pass over x as it is, where torch.var_mean needs a float32 copy first. The running statistics that it
+    # updates as well are thrown away.
+    unused = torch.zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    return torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
 
 
 def _global_statistics(mean: Tensor, var: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
@@ -374,7 +372,8 @@ class _CrossRankNormalize(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, origin, mean, var)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
-        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
+        shift = torch.zeros_like(weight) if bias is None else bias
+        return F.batch_norm(x, mean, var, weight, shift, training=False, eps=eps), mean, var
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -387,11 +386,14 @@ class _CrossRankNormalize(torch.autograd.Function):
             return *(next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias)), None, None
         # The gradient for constant statistics, then the part that flows through them:
         # weight / std * (mean over all samples of dy + xhat * mean over all samples of dy * xhat).
+        # CUDA reads the saved mean and inverse deviation even for constant statistics, where the CPU ignores them: its
+        # kernels for channels-last and for [B, C] inputs fail without them.
+        inverse_deviation = torch.rsqrt(var + ctx.eps)
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+            gradient, x, weight, mean, var, mean, inverse_deviation, False, ctx.eps, [True, True, True]
         )
         samples = x.numel() // x.shape[1] * world_size()
-        means = all_sum(torch.stack([dbias, dweight])) / samples * weight * torch.rsqrt(var + ctx.eps)
+        means = all_sum(torch.stack([dbias, dweight])) / samples * weight * inverse_deviation
         dx -= F.batch_norm(x, mean, var, means[1], means[0], training=False, eps=ctx.eps)
         return dx, dweight, dbias if bias is not None else None, None, None
 

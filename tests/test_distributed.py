@@ -1,11 +1,13 @@
 """Collectives and cross-rank batch norm on real gloo ranks, against the same computation in one process."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simclr_ddp import config, distributed
 from simclr_ddp.config import Pretrain
@@ -14,6 +16,7 @@ from simclr_ddp.distributed import CrossRankBatchNorm
 from simclr_ddp.runtime import Runtime
 from simclr_ddp.state import State
 from tests.ranks import Ranks
+from tests.test_gpu import assert_two_ranks_are_one
 
 WORLDS = (1, 2, 4)
 
@@ -301,6 +304,49 @@ def test_bf16_input_has_float32_statistics(world_size: int, ranks: Ranks) -> Non
         assert mean.dtype == var.dtype == torch.float32
         torch.testing.assert_close(mean, wanted.running_mean, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(var, wanted.running_var, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16", "fp16"])
+def test_simclr_on_two_ranks_is_that_on_one(precision: str, ranks: Ranks) -> None:
+    """The comparison that tests/test_gpu.py makes on a GPU, on the CPU."""
+    assert_two_ranks_are_one("cpu", precision, "ours", ranks)
+
+
+class _OptionalTensors(TorchDispatchMode):
+    """Collects the calls of batch-norm operators with the names of their optional tensors that are None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.missing: dict[str, set[str]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if "batch_norm" in str(function):
+            given = dict(zip((a.name for a in function._schema.arguments), arguments, strict=False)) | (keywords or {})
+            optional = {a.name for a in function._schema.arguments if str(a.type) == "Optional[Tensor]"}
+            self.missing.setdefault(str(function), set()).update(n for n in optional if given.get(n) is None)
+        return function(*arguments, **(keywords or {}))
+
+
+def optional_tensors(shape: tuple[int, ...], dtype: torch.dtype, shift: bool) -> list[tuple[str, list[str]]]:
+    x = random(*shape).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    with _OptionalTensors() as seen:
+        CrossRankBatchNorm(shape[1], shift=shift).to(torch.promote_types(dtype, torch.float32))(
+            x.requires_grad_()
+        ).float().square().sum().backward()
+    return [(name, sorted(missing)) for name, missing in seen.missing.items()]
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3, 3)])
+def test_batch_norm_gives_torch_every_optional_tensor(
+    shape: tuple[int, ...], dtype: torch.dtype, shift: bool, ranks: Ranks
+) -> None:
+    """CUDA asserts that some are defined which the CPU never looks at (save_mean of the backward pass)."""
+    for calls in ranks.run(2, optional_tensors, shape, dtype, shift):
+        assert any("backward" in name for name, _ in calls)
+        assert [(name, missing) for name, missing in calls if missing] == []
 
 
 def test_other_shapes_are_refused(ranks: Ranks) -> None:

@@ -215,3 +215,64 @@ def test_a_compiled_run_trains(images: Path, tmp_path: Path) -> None:
     arguments = cuda_settings(images, tmp_path / "run", "precision=bf16", "compile=true", "optim.steps=6")
     status, output = processes.run("simclr_ddp.pretrain", *arguments)
     assert status == 0 and "finished" in output, output
+
+
+def simclr_gradients(device: str, precision: str, norm: str) -> dict[str, Tensor]:
+    """Loss, gradients averaged over ranks and running statistics of a small SimCLR: this rank's share of one batch.
+
+    norm  `ours`, or `torch`: the same model with SyncBatchNorm
+    """
+    from simclr_ddp import distributed
+    from simclr_ddp.model import Encoder, SimCLR, projection_head
+
+    torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False
+    encoder = Encoder("resnet18", 0.125, "cifar")
+    for name, parameter in encoder.named_parameters():  # blocks begin as identities, whose gradients are mostly 0
+        if name.endswith("bn2.weight"):
+            nn.init.ones_(parameter)
+    model: nn.Module = SimCLR(encoder, projection_head("nonlinear", encoder.width_out, out=16)).to(device)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if norm == "torch":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    views = torch.rand(2, 16, 3, 16, 16)[:, distributed.own_slice(16)].to(device)
+    if precision == "fp64":
+        model, views = model.double(), views.double()
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    with torch.autocast(device, low, enabled=low is not None):
+        y = model(views).y
+    loss = KernelInfoNCE("cosine", 0.5)(y[0], y[1])
+    (loss * (1024 if precision == "fp16" else 1)).backward()
+    found = {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if precision == "fp16":
+        found = {name: value if name == "loss" else value / 1024 for name, value in found.items()}
+    averaged = {name: distributed.all_sum(v.clone()) / distributed.world_size() for name, v in found.items()}
+    averaged |= {name: v.clone() for name, v in model.named_buffers() if "running" in name}
+    return {name: value.cpu() for name, value in averaged.items()}
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Between all tensors of two of them together, relative to the norm of the second."""
+    assert found.keys() == expected.keys()
+    of, to = (torch.cat([values[name].double().flatten() for name in expected]) for values in (found, expected))
+    return ((of - to).norm() / to.norm()).item()
+
+
+def assert_two_ranks_are_one(device: str, precision: str, norm: str, ranks: Ranks) -> None:
+    """Two ranks are no further from one rank in float64 than one rank in this precision is, but for luck."""
+    (exact,) = ranks.run(1, simclr_gradients, device, "fp64", "ours")
+    (alone,) = ranks.run(1, simclr_gradients, device, precision, "ours")
+    limit = max(1e-9, 2 * distance(alone, exact))
+    assert limit < 0.8, "too much is lost on one rank to tell anything"
+    for shared in ranks.run(2, simclr_gradients, device, precision, norm):
+        assert distance(shared, exact) < limit
+
+
+@pytest.mark.parametrize("norm", ["ours", "torch"])
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16", "fp16"])
+def test_simclr_on_two_ranks_is_that_on_one_on_the_gpu(precision: str, norm: str, ranks: Ranks) -> None:
+    """Forward and backward, channels-last: the first thing that several GPUs do. Gloo ranks can share a GPU.
+
+    With torch's SyncBatchNorm in place of ours as well.
+    """
+    assert_two_ranks_are_one("cuda", precision, norm, ranks)
