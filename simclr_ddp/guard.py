@@ -5,7 +5,7 @@ more than 18 % in 200 epochs, and every accuracy stayed below that of random fea
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simclr_ddp.info_nce import KernelInfoNCE
 from simclr_ddp.optim import LARS, global_norm
@@ -23,20 +23,23 @@ class LearningRateGuard:
     def __init__(self, optimizer: torch.optim.Optimizer, base: float, peak: float, start: int = 0) -> None:
         # After a resume the momentum still holds larger rates of before, so only a run's own start is judged.
         self._active = isinstance(optimizer, LARS) and peak > 0 and start == 0
-        self._weights: list[nn.Parameter] = optimizer.param_groups[0]["params"]
+        self._weights: list[Tensor] = optimizer.param_groups[0]["params"]
         self._base, self._peak = base, peak
         self._before: list[Tensor] = []
         self._rates: list[Tensor] = []
 
+    @torch.no_grad()
     def before(self, learning_rate: float) -> None:
         if self._active and learning_rate > 0:
-            self._before = [w.detach().clone() for w in self._weights]
+            self._before = [torch.empty_like(w) for w in self._weights]
+            torch._foreach_copy_(self._before, self._weights)
 
+    @torch.no_grad()
     def after(self, learning_rate: float) -> str | None:
         """Call after each update; once, after the first updates, returns the warning, if there is reason for one."""
         if not self._before:
             return None
-        moved = global_norm([w.detach() - b for w, b in zip(self._weights, self._before, strict=True)])
+        moved = global_norm(list(torch._foreach_sub(self._weights, self._before)))
         self._rates.append(moved / global_norm(self._before) / learning_rate)
         self._before = []
         if len(self._rates) < STEPS:

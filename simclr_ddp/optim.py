@@ -1,5 +1,6 @@
 """LARS, the parameter groups of all optimizers, and the guard against learning rates that can't work."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,27 +57,35 @@ class LARS(torch.optim.Optimizer):
             if group["weight_decay"] != 0 and group["adapt"]:
                 gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
             if group["adapt"]:
-                ratios = _trust_ratios(weights, gradients, group["trust_coefficient"])
-                updates = torch._foreach_mul(gradients, [r * group["lr"] for r in ratios])
+                updates = torch._foreach_mul(gradients, _rates(weights, gradients, group))
             else:
                 updates = torch._foreach_mul(gradients, group["lr"])
             torch._foreach_add_(updates, torch._foreach_mul(buffers, group["momentum"]))
             if found_inf is None:
                 torch._foreach_copy_(buffers, updates)
-                torch._foreach_sub_(weights, updates)
             else:
-                skip = found_inf.bool()
-                for w, v, update in zip(weights, buffers, updates, strict=True):
-                    v.copy_(torch.where(skip, v, update))
-                    w.sub_(update.masked_fill_(skip, 0))
+                _choose_(buffers, updates, found_inf)
+            torch._foreach_sub_(weights, updates)
 
 
-def _trust_ratios(weights: list[Tensor], gradients: list[Tensor], trust_coefficient: float) -> list[Tensor]:
-    weight_norms = torch.stack(torch._foreach_norm(weights))
-    gradient_norms = torch.stack(torch._foreach_norm(gradients))
-    usable = (weight_norms > 0) & (gradient_norms > 0)
-    ratios = torch.where(usable, trust_coefficient * weight_norms / gradient_norms, 1.0)
-    return list(ratios.unbind())
+def _rates(weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Learning rate times trust ratio of each tensor."""
+    norms = torch.stack(torch._foreach_norm([*weights, *gradients])).view(2, -1)
+    ratios = torch.where((norms > 0).all(0), group["trust_coefficient"] * norms[0] / norms[1], 1.0)
+    return (ratios * group["lr"]).unbind()
+
+
+def _choose_(values: Sequence[Tensor], changes: Sequence[Tensor], skip: Tensor) -> None:
+    """values <- changes, or, where `skip` is not 0, values as they are and changes <- 0: in four launches.
+
+    The numbers are multiplied by 0 or 1 and added as integers, which keeps every bit, while 0 times a NaN is a NaN.
+    """
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values[0].element_size()]
+    skipped = (skip != 0).to(kind)
+    bits, of_changes = [v.view(kind) for v in values], [c.view(kind) for c in changes]
+    torch._foreach_mul_(bits, skipped)
+    torch._foreach_mul_(of_changes, 1 - skipped)
+    torch._foreach_add_(bits, of_changes)
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -63,9 +63,10 @@ class State:
         scaler decides instead: it skips overflown gradients and lowers the scale.
         """
         self._failed |= skip
+        failed = self._failed.float()
         for optimizer in self.optimizers:
             if not self.scaler.is_enabled():
-                optimizer.found_inf, optimizer.grad_scale = self._failed.float(), None  # type: ignore[attr-defined]
+                optimizer.found_inf, optimizer.grad_scale = failed, None  # type: ignore[attr-defined]
             self.scaler.step(optimizer)
         self.scaler.update()
 
