@@ -119,24 +119,26 @@ def colour_jitter(
         images = saturation(images, factors[:, 2])
         return hue(images, factors[:, 3])
 
-    rounds_before_hue = order % 4
     first = order // 8
     second = (first + 1 + order // 4 % 2) % 3
-    kinds = (first, second, 3 - first - second)  # 0 brightness, 1 contrast, 2 saturation
-
-    def blend(images: Tensor, kind: Tensor, due: Tensor) -> Tensor:
-        factor = torch.where(due, factors.gather(1, kind[:, None])[:, 0], 1.0)
-        grey = luma(images)
-        level = grey.mean((1, 2, 3)) * (kind == 1)  # brightness 0, contrast the mean
-        base = torch.lerp(_per_image(level).expand_as(grey), grey, _per_image((kind == 2).to(grey.dtype)))
-        return torch.lerp(base, images, _per_image(factor)).clamp_(0, 1)
-
-    for i, kind in enumerate(kinds):
-        images = blend(images, kind, i < rounds_before_hue)
-    images = hue(images, factors[:, 3])
-    for i, kind in enumerate(kinds):
-        images = blend(images, kind, i >= rounds_before_hue)
+    kinds = torch.stack((first, second, 3 - first - second), dim=1)  # [B, 3]: 0 brightness, 1 contrast, 2 saturation
+    factor = factors.gather(1, kinds)
+    before = torch.arange(3, device=order.device) < (order % 4)[:, None]  # the hue
+    rounds = torch.where(before, factor, 1.0), torch.where(before, 1.0, factor)
+    of_contrast, of_saturation = (kinds == 1).to(factors.dtype), (kinds == 2).to(images.dtype)
+    for turn, factor in enumerate(rounds):
+        for i in range(3):
+            images = _blend(images, factor[:, i], of_contrast[:, i], of_saturation[:, i])
+        images = images if turn else hue(images, factors[:, 3])
     return images
+
+
+def _blend(images: Tensor, factor: Tensor, of_contrast: Tensor, of_saturation: Tensor) -> Tensor:
+    """Contrast or saturation of the images [B] where one of these is 1, brightness where both are 0."""
+    grey = luma(images)
+    level = grey.mean((1, 2, 3)) * of_contrast  # brightness 0, contrast the mean
+    base = torch.lerp(_per_image(level).expand_as(grey), grey, _per_image(of_saturation))
+    return torch.lerp(base, images, _per_image(factor)).clamp_(0, 1)
 
 
 def greyscale(images: Tensor) -> Tensor:
@@ -195,6 +197,13 @@ def normalize(
 ) -> Tensor:
     """The evaluation view: uint8 [..., 3, H, W] -> `dtype`, (v / 255 - mean) / std; without mean and std v / 255."""
     return _standardize(to_float(images, dtype), mean, std)
+
+
+def _chosen(draws: Tensor, draw: Draw, probabilities: tuple[float, ...]) -> Tensor:
+    """bool [V B]: the images for which the draw is below their view's probability."""
+    if len(set(probabilities)) == 1:
+        return draws[:, :, draw].flatten() < probabilities[0]
+    return torch.cat([draws[v, :, draw] < p for v, p in enumerate(probabilities)])
 
 
 def _per_view(name: str, value: float | Sequence[float], views: int) -> tuple[float, ...]:
@@ -259,23 +268,20 @@ class Augmentation:
         """uint8 [V, B, 3, H, W] and the draws 0 .. 10 [V, B, 11] -> [V, B, 3, H, W] in the dtype of the draws."""
         assert views.shape[:2] == draws.shape[:2] and len(views) == self.views and draws.shape[2] >= DRAWS
 
-        def chosen(draw: Draw, probabilities: tuple[float, ...]) -> Tensor:
-            return torch.cat([draws[v, :, draw] < p for v, p in enumerate(probabilities)])
-
         shape = views.shape
         images = to_float(views.flatten(0, 1), draws.dtype)
         flat = draws.flatten(0, 1)
         if any(self.flip):
-            images = _where(chosen(Draw.FLIP, self.flip), images.flip(-1), images)
+            images = _where(_chosen(draws, Draw.FLIP, self.flip), images.flip(-1), images)
         if any(self.jitter):
             order = (flat[:, Draw.ORDER].detach() * 24).long() if self.permuted else None
             jittered = colour_jitter(images, colour_factors(flat, self.strength), order)
-            images = _where(chosen(Draw.JITTER, self.jitter), jittered, images)
+            images = _where(_chosen(draws, Draw.JITTER, self.jitter), jittered, images)
         if any(self.greyscale):
-            images = _where(chosen(Draw.GREYSCALE, self.greyscale), greyscale(images), images)
+            images = _where(_chosen(draws, Draw.GREYSCALE, self.greyscale), greyscale(images), images)
         if any(self.blur):
             blurred = gaussian_blur(images, 0.1 + 1.9 * flat[:, Draw.SIGMA])
-            images = _where(chosen(Draw.BLUR, self.blur), blurred, images)
+            images = _where(_chosen(draws, Draw.BLUR, self.blur), blurred, images)
         if any(self.solarize):
-            images = _where(chosen(Draw.SOLARIZE, self.solarize), solarize(images), images)
+            images = _where(_chosen(draws, Draw.SOLARIZE, self.solarize), solarize(images), images)
         return _standardize(images, self.mean, self.std).view(shape)

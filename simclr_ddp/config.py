@@ -172,7 +172,7 @@ class Pretrain:
     precision: str = option("auto", "auto: bf16 where the processor has it", ("auto", "bf16", "fp16", "fp32", "fp64"))
     threads: int = option(0, "CPU threads per rank; 0 shares the cores among the ranks here", low=0, high=1024)
     timeout: float = option(600, "seconds after which ranks that are silent, or don't move, end the run", low=3)
-    compile: bool = option(False, "torch.compile the model")
+    compile: bool = option(False, "torch.compile model and augmentation: other roundings")
     data: Data = section(Data)
     model: Model = section(Model)
     head: Head = section(Head)

@@ -84,15 +84,18 @@ def view_uniforms(
     def shift(h: Tensor, bits: int) -> Tensor:  # logical; torch's shift of int64 keeps the sign
         return (h >> bits) & ((1 << (64 - bits)) - 1)
 
-    def fold(h: Tensor | int, value: Tensor) -> Tensor:
-        h = h + (value + 1) * signed(_GAMMA)
+    def mix(h: Tensor) -> Tensor:
         h = (h ^ shift(h, 30)) * signed(_FACTORS[0])
         h = (h ^ shift(h, 27)) * signed(_FACTORS[1])
         return h ^ shift(h, 31)
 
-    h = fold(signed(_fold(_fold(0, seed), epoch)), index[None, :, None])
-    h = fold(h, torch.arange(views, device=index.device)[:, None, None])
-    h = fold(h, torch.arange(first, first + count, device=index.device))
+    def added(start: int, stop: int) -> Tensor:  # (value + 1) * _GAMMA of every value, modulo 2^64
+        return torch.arange(start + 1, stop + 1, device=index.device) * signed(_GAMMA)
+
+    start = (_fold(_fold(0, seed), epoch) + _GAMMA) & _MASK
+    h = mix(index[None, :, None] * signed(_GAMMA) + signed(start))
+    h = mix(h + added(0, views)[:, None, None])
+    h = mix(h + added(first, first + count))
     return shift(h, 40).to(dtype) * 2.0**-24
 
 

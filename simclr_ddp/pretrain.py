@@ -202,7 +202,8 @@ def make_augmentation(settings: Pretrain, dataset: Dataset, runtime: Runtime) ->
         mean=a.mean,
         std=a.std,
     )
-    return training_images(dataset, augmentation, settings.seed, runtime.dtype)
+    made: Callable[..., Tensor] = torch.compile(augmentation, dynamic=False) if settings.compile else augmentation
+    return training_images(dataset, made, settings.seed, runtime.dtype)  # type: ignore[arg-type]
 
 
 def make_batches(
