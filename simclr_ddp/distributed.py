@@ -361,6 +361,24 @@ def _normalize(x: Tensor, weight: Tensor, bias: Tensor | None, origin: Tensor, e
     return (wide * scale.view(shape) + shift.view(shape)).to(x.dtype)
 
 
+def _fused(x: Tensor) -> bool:
+    """Whether torch has the kernels of its SyncBatchNorm for x, which do a layer in a third of the launches."""
+    return x.is_cuda
+
+
+def _fused_statistics(x: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+    """`_global_statistics` of `_local_statistics`, without a gradient and in few operations."""
+    mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)  # CUDA needs no running statistics for it
+    moments = torch.empty(2, len(mean), dtype=torch.float64, device=x.device)
+    offset, square = moments.unbind()
+    torch.sub(mean.double(), origin, out=offset)
+    torch.addcmul(var, offset, offset, out=square)
+    all_sum(moments).div_(world_size())
+    torch.add(offset, origin, out=mean)
+    torch.addcmul(square, offset, offset, value=-1, out=var)
+    return mean, var.clamp_min_(0)
+
+
 class _CrossRankNormalize(torch.autograd.Function):
     """`_normalize` by torch's fused kernels, and by definition where its gradient is to be differentiated again."""
 
@@ -368,22 +386,33 @@ class _CrossRankNormalize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, origin: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var = _global_statistics(*_local_statistics(x), origin)
-        ctx.save_for_backward(x, weight, bias, origin, mean, var)
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean, var)
+        ctx.eps, ctx.fused = eps, _fused(x)
         shift = torch.zeros_like(weight) if bias is None else bias
-        return F.batch_norm(x, mean, var, weight, shift, training=False, eps=eps), mean, var
+        if ctx.fused:
+            mean, var = _fused_statistics(x, origin)
+            inverse_deviation = torch.rsqrt(var + eps)
+            out = torch.batch_norm_elemt(x, weight, shift, mean, inverse_deviation, eps)
+            # The definition's origin may be any that all ranks share, and the running mean is about to change.
+            ctx.save_for_backward(x, weight, bias, mean, mean, inverse_deviation)
+        else:
+            mean, var = _global_statistics(*_local_statistics(x), origin)
+            ctx.save_for_backward(x, weight, bias, origin, mean, var)
+            out = F.batch_norm(x, mean, var, weight, shift, training=False, eps=eps)
+        ctx.mark_non_differentiable(mean, var)
+        return out, mean, var
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, origin, mean, var = ctx.saved_tensors
+        x, weight, bias, origin, mean, spread = ctx.saved_tensors
         if torch.is_grad_enabled():
             inputs = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
             found = iter(
                 torch.autograd.grad(_normalize(x, weight, bias, origin, ctx.eps), inputs, gradient, create_graph=True)
             )
             return *(next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias)), None, None
+        if ctx.fused:
+            return _CrossRankNormalize._fused_backward(gradient, x, weight, bias is not None, mean, spread)
+        var = spread
         # The gradient for constant statistics, then the part that flows through them:
         # weight / std * (mean over all samples of dy + xhat * mean over all samples of dy * xhat).
         # CUDA reads the saved mean and inverse deviation even for constant statistics, where the CPU ignores them: its
@@ -397,6 +426,26 @@ class _CrossRankNormalize(torch.autograd.Function):
         dx -= F.batch_norm(x, mean, var, means[1], means[0], training=False, eps=ctx.eps)
         return dx, dweight, dbias if bias is not None else None, None, None
 
+    @staticmethod
+    def _fused_backward(
+        gradient: Tensor, x: Tensor, weight: Tensor, shifted: bool, mean: Tensor, inverse_deviation: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        gradient = gradient.contiguous(memory_format=_layout(x))  # the kernels take both to lie in memory alike
+        *sums, dweight, dbias = torch.batch_norm_backward_reduce(
+            gradient, x, mean, inverse_deviation, weight, True, True, True
+        )
+        sum_dy, sum_dy_xmu = all_sum(torch.stack(sums)).unbind()
+        # int32, as the kernel reads it, of each rank: of all together they can be too many for it.
+        samples = torch.full((world_size(),), x.numel() // x.shape[1], dtype=torch.int32, device=x.device)
+        dx = torch.batch_norm_backward_elemt(gradient, x, mean, inverse_deviation, weight, sum_dy, sum_dy_xmu, samples)
+        return dx, dweight, dbias if shifted else None, None, None
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """That of x, or the default one if it is neither."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
 
 class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm whose mean and variance are those of all ranks' samples together; [B, C] or [B, C, H, W].
@@ -406,6 +455,8 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
     hold equally many samples. State-dict keys are BatchNorm's. `shift=False` leaves out the bias (the last layer of
     SimCLR's projection head).
     """
+
+    counts = True  # itself, in num_batches_tracked; or `count_batches` does so for many at once
 
     def __init__(self, num_features: int, shift: bool = True) -> None:
         super().__init__(num_features, momentum=MOMENTUM)
@@ -417,17 +468,38 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"batch norm takes [B, C] or [B, C, H, W], got a shape of {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or world_size() == 1:
+        if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        out, mean, var = _CrossRankNormalize.apply(input, self.weight, self.bias, self.running_mean.clone(), self.eps)
+        if self.counts:
+            self.num_batches_tracked.add_(1)
+        if world_size() == 1:
+            statistics = self.running_mean, self.running_var
+            return F.batch_norm(input, *statistics, self.weight, self.bias, True, MOMENTUM, self.eps)
+        fused = _fused(input)
+        input = input.contiguous(memory_format=_layout(input)) if fused else input
+        origin = self.running_mean if fused else self.running_mean.clone()
+        out, mean, var = _CrossRankNormalize.apply(input, self.weight, self.bias, origin, self.eps)
         with torch.no_grad():
             samples = input.numel() // input.shape[1] * world_size()
-            self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, MOMENTUM)
             self.running_var.lerp_(var * (samples / max(samples - 1, 1)), MOMENTUM)
         return out
+
+
+def count_together(module: nn.Module) -> list[CrossRankBatchNorm]:
+    """The batch norms of a module, which from now on leave it to `count_batches` to count their batches."""
+    norms = [m for m in module.modules() if isinstance(m, CrossRankBatchNorm)]
+    for norm in norms:
+        norm.counts = False
+    return norms
+
+
+@torch.no_grad()
+def count_batches(norms: list[CrossRankBatchNorm]) -> None:
+    """One more batch of each, in one launch."""
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None], 1)
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:

@@ -159,9 +159,12 @@ class SimCLR(nn.Module):
         self.encoder = encoder
         self.projection_head = head
         self.probe = nn.Linear(encoder.width_out, classes) if classes else None
+        self._norms = distributed.count_together(self)
 
     def forward(self, images: Tensor) -> Output:
         """images [V, B, 3, H, W] float."""
+        if self.training:
+            distributed.count_batches(self._norms)
         flat = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         h = self.encoder(flat)
         y = self.projection_head(h)

@@ -1,6 +1,8 @@
 """Collectives and cross-rank batch norm on real gloo ranks, against the same computation in one process."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from simclr_ddp.data import open_dataset
 from simclr_ddp.distributed import CrossRankBatchNorm
 from simclr_ddp.runtime import Runtime
 from simclr_ddp.state import State
+from tests import cuda_kernels
 from tests.ranks import Ranks
 from tests.test_gpu import assert_two_ranks_are_one
 
@@ -190,14 +193,28 @@ def derivatives(norm: nn.Module, x: Tensor, c: Tensor) -> dict[str, Tensor]:
     return {k: v.detach() for k, v in answers.items()}
 
 
-def cross_rank(x: Tensor, c: Tensor, shift: bool) -> dict[str, Tensor]:
+@contextmanager
+def as_on_a_gpu(fused: bool = True) -> Iterator[None]:
+    """Within, batch norm takes the way it takes on CUDA, whose kernels are stand-ins."""
+    before = distributed._fused
+    distributed._fused = lambda _: fused
+    try:
+        with cuda_kernels.on("CPU") if fused else nullcontext():
+            yield
+    finally:
+        distributed._fused = before
+
+
+def cross_rank(x: Tensor, c: Tensor, shift: bool, fused: bool) -> dict[str, Tensor]:
     own = distributed.own_slice(len(x))
-    return derivatives(CrossRankBatchNorm(x.shape[1], shift=shift).double(), x[own], c[own])
+    with as_on_a_gpu(fused):
+        return derivatives(CrossRankBatchNorm(x.shape[1], shift=shift).double(), x[own], c[own])
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("shape", [(8, 5), (8, 5, 3, 2)])
-def test_batch_norm_is_that_of_the_whole_batch(shape: tuple[int, ...], shift: bool, ranks: Ranks) -> None:
+def test_batch_norm_is_that_of_the_whole_batch(shape: tuple[int, ...], shift: bool, fused: bool, ranks: Ranks) -> None:
     x, c = 1 + 2 * random(*shape), random(*shape, seed=1)
     reference = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(shape[1], dtype=torch.float64)
     if not shift:
@@ -205,7 +222,7 @@ def test_batch_norm_is_that_of_the_whole_batch(shape: tuple[int, ...], shift: bo
     expected = derivatives(reference, x, c)
     assert min(expected[k].abs().max() for k in ("first", "second x", "second weight")) > 1e-3
     for world_size in WORLDS:
-        answers = ranks.run(world_size, cross_rank, x, c, shift)
+        answers = ranks.run(world_size, cross_rank, x, c, shift, fused)
         for key, wanted in expected.items():
             of_ranks = [a[key] for a in answers]
             if key in ("out", "first", "plain", "second x"):
@@ -258,43 +275,47 @@ def test_eval_mode_uses_running_statistics_and_no_collective(ranks: Ranks) -> No
         assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def in_float32(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def in_float32(x: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
     norm = CrossRankBatchNorm(x.shape[1])
-    out = norm(x[distributed.own_slice(len(x))])
+    with as_on_a_gpu(fused):
+        out = norm(x[distributed.own_slice(len(x))])
     return out.detach(), norm.running_mean, norm.running_var
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("mean", "deviation"), [(1000.0, 1.0), (-30.0, 0.01)])
-def test_large_mean_and_small_variance_in_float32(mean: float, deviation: float, ranks: Ranks) -> None:
+def test_large_mean_and_small_variance_in_float32(mean: float, deviation: float, fused: bool, ranks: Ranks) -> None:
     """In the first step, where running statistics are no help yet. The input itself is rounded, so is the output."""
     x = (mean + deviation * random(64, 3)).float()
     wanted = nn.BatchNorm1d(3, dtype=torch.float64)
     out = wanted(x.double()).detach()
     rounding = 2**-23 * abs(mean) / deviation
     for world_size in WORLDS:
-        answers = ranks.run(world_size, in_float32, x)
+        answers = ranks.run(world_size, in_float32, x, fused)
         assert (torch.cat([a[0] for a in answers]) - out).abs().max() < 4 * rounding
         torch.testing.assert_close(answers[0][1].double(), wanted.running_mean, rtol=1e-6, atol=0)
         torch.testing.assert_close(answers[0][2].double(), wanted.running_var, rtol=1e-5, atol=0)
 
 
-def under_autocast(x: Tensor) -> tuple[Tensor, ...]:
+def under_autocast(x: Tensor, fused: bool) -> tuple[Tensor, ...]:
     norm = CrossRankBatchNorm(x.shape[1])
     own = x[distributed.own_slice(len(x))].bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = norm(own)
-    out.float().pow(3).sum().backward()
+    with as_on_a_gpu(fused):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = norm(own)
+        out.float().pow(3).sum().backward()
     return out.detach(), norm.running_mean, norm.running_var, own.grad
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_bf16_input_has_float32_statistics(world_size: int, ranks: Ranks) -> None:
+def test_bf16_input_has_float32_statistics(world_size: int, fused: bool, ranks: Ranks) -> None:
     x = 3 + random(16, 4, 5, 5, dtype=torch.float32)
     wanted = nn.BatchNorm2d(4)
     wide = x.bfloat16().float().requires_grad_()
     expected = wanted(wide)
     expected.pow(3).sum().backward()
-    answers = ranks.run(world_size, under_autocast, x)
+    answers = ranks.run(world_size, under_autocast, x, fused)
     out = torch.cat([a[0] for a in answers])
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, expected.detach().bfloat16(), rtol=2**-7, atol=2**-7)
@@ -304,6 +325,40 @@ def test_bf16_input_has_float32_statistics(world_size: int, ranks: Ranks) -> Non
         assert mean.dtype == var.dtype == torch.float32
         torch.testing.assert_close(mean, wanted.running_mean, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(var, wanted.running_var, rtol=1e-5, atol=1e-6)
+
+
+def of_a_layer(form: str, dtype: torch.dtype, fused: bool) -> list[Tensor]:
+    """Value, gradients and statistics of a layer whose input and gradient lie in memory as `form` says."""
+    norm = CrossRankBatchNorm(4).to(torch.promote_types(dtype, torch.float32))
+    fill(norm)
+    x, dy = random(8, 4, 5, 5)[distributed.own_slice(8)].to(dtype), random(8, 4, 5, 5, seed=1)[distributed.own_slice(8)]
+    if form == "channels last":
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    if form == "both":
+        dy = dy.contiguous(memory_format=torch.channels_last)
+    if form == "one pixel":
+        x, dy = x[..., :1, :1].contiguous(memory_format=torch.channels_last), dy[..., :1, :1].contiguous()
+    if form == "mean":
+        dy = dy.mean((2, 3), keepdim=True).expand(dy.shape)
+    if form == "transposed":
+        x, dy = x.transpose(2, 3), dy.transpose(0, 1).contiguous().transpose(0, 1)
+    x = x.requires_grad_()
+    with as_on_a_gpu(fused):
+        out = norm(x)
+        gradients = torch.autograd.grad(out, (x, norm.weight, norm.bias), dy.to(dtype))
+    return [out.detach(), *gradients, norm.running_mean, norm.running_var]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("form", ["rows", "channels last", "both", "one pixel", "mean", "transposed"])
+def test_the_way_of_a_gpu_gives_its_kernels_what_they_take(form: str, dtype: torch.dtype, ranks: Ranks) -> None:
+    """The stand-ins assert types and layouts; the results are those of the CPU."""
+    here = ranks.run(2, of_a_layer, form, dtype, False)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float64: 1e-12}[dtype]
+    for there, expected in zip(ranks.run(2, of_a_layer, form, dtype, True), here, strict=True):
+        for got, wanted in zip(there, expected, strict=True):
+            assert got.dtype == wanted.dtype
+            torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16", "fp16"])

@@ -1,0 +1,110 @@
+"""How many kernels a training step launches: the steps of whole recipes, counted on the CPU (tests/launches.py)."""
+
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from simclr_ddp import config, data, distributed, pretrain
+from simclr_ddp.augmentations import Augmentation
+from simclr_ddp.config import Pretrain
+from simclr_ddp.guard import LearningRateGuard
+from simclr_ddp.info_nce import KernelInfoNCE
+from simclr_ddp.model import SimCLR
+from simclr_ddp.probe import Probe
+from simclr_ddp.report import Reporter
+from simclr_ddp.run import make_plan
+from simclr_ddp.runtime import Runtime
+from simclr_ddp.state import State
+from tests import cuda_kernels
+from tests.launches import Launches
+from tests.ranks import Ranks
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "pretrain"
+PARTS = [
+    *((data, "view_uniforms", "draws"), (Augmentation, "__call__", "augmentation"), (SimCLR, "forward", "forward")),
+    *((KernelInfoNCE, "forward", "loss"), (KernelInfoNCE, "top1", "top1"), (Probe, "loss", "probe")),
+    *((torch.Tensor, "backward", "backward"), (State, "step", "update"), (State, "gradient_norm", "gradient norm")),
+    *((LearningRateGuard, "before", "guard"), (LearningRateGuard, "after", "guard")),
+]
+
+
+class _Counted(Exception):
+    pass
+
+
+def counted_step(recipe: str, folder: Path, *more: str) -> dict[str, int]:
+    """Kernels of each part of a recipe's second step (the first one makes the momentum), on few images."""
+    file = config._flat(OmegaConf.to_container(OmegaConf.load(CONFIGS / recipe)))  # type: ignore[arg-type]
+    here = {"run_dir": folder / str(distributed.rank()), "device": "cpu", "threads": 1, "data.workers": 0}
+    here |= {"data.loader": "torch", "data.test": "", "log.every_steps": 1000, "optim.warmup_epochs": 0}
+    changed = [("the test", here | dict(pair.split("=") for pair in more))]
+    settings = config.build(Pretrain, [(recipe, file), *changed])
+    runtime = Runtime(torch.device("cpu"), settings.precision, 1)
+    dataset = data.open_dataset(settings.data.train, "train")
+    plan = make_plan(settings, dataset)
+    plan.run_dir.mkdir(exist_ok=True)
+    counts, steps = Launches(), 0
+
+    def within(inner: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def run(*given: Any, **options: Any) -> Any:
+            with counts.part(part):
+                return inner(*given, **options)
+
+        return run
+
+    def push(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            raise _Counted
+        counts.clear()
+
+    # What takes the way of CUDA where there are several ranks; on one rank it is nn.BatchNorm's.
+    fused = cuda_kernels.on("CPU") if distributed.world_size() > 1 else nullcontext()
+    with pytest.MonkeyPatch.context() as patch, fused:
+        patch.setattr(distributed, "_fused", lambda _: distributed.world_size() > 1)
+        for owner, name, part in PARTS:
+            patch.setattr(owner, name, within(getattr(owner, name), part))
+        patch.setattr(Reporter, "push", push)
+        state = State(settings, runtime, dataset)
+        augment = pretrain.make_augmentation(settings, dataset, runtime)
+        objective = pretrain.make_objective(settings)
+        with counts, suppress(_Counted):
+            pretrain.train(settings, runtime, dataset, plan, state, objective, augment, 0, ([], 0))
+    return counts.totals()
+
+
+# On one rank in float32, without torch.compile. "rest" is all but the augmentation and its draws.
+@pytest.mark.parametrize(
+    ("recipe", "most"),
+    [
+        ("cifar10.yaml", {"update": 46, "augmentation": 144, "draws": 45, "forward": 73, "backward": 150, "rest": 360}),
+        ("imagenet_resnet50.yaml", {"update": 79, "draws": 45, "forward": 180, "backward": 290, "rest": 645}),
+    ],
+)
+def test_launches_of_a_step(recipe: str, most: dict[str, int], images: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """Counted of narrow models, which have as many tensors."""
+    more = f"data.train={images}", "precision=fp32", "optim.global_batch_size=4", "model.width=0.125"
+    (counts,) = ranks.run(1, counted_step, recipe, tmp_path, *more)
+    counts["rest"] = sum(counts.values()) - counts["augmentation"] - counts["draws"]
+    assert {part: counts[part] for part in most if counts[part] > most[part]} == {}, counts
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layers"), [("cifar10.yaml", 22), pytest.param("imagenet_resnet50.yaml", 55, marks=pytest.mark.slow)]
+)
+def test_cross_rank_batch_norm_adds_few_launches(
+    recipe: str, layers: int, images: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """On CUDA: 13 forward and 3 backward for each layer."""
+    more = f"data.train={images}", "precision=fp32", "optim.global_batch_size=4", "model.width=0.125"
+    (alone,) = ranks.run(1, counted_step, recipe, tmp_path, *more)
+    for counts in ranks.run(2, counted_step, recipe, tmp_path, *more):
+        assert counts["forward"] - alone["forward"] <= 13 * layers + 1, counts
+        # DistributedDataParallel adds two for each parameter, of which a layer and its weights have three.
+        assert counts["backward"] - alone["backward"] <= 3 * layers + 6 * layers, counts
