@@ -5,7 +5,6 @@ A drop-in for any training loop, with or without DistributedDataParallel.
 
 import math
 from collections.abc import Callable
-from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +30,12 @@ class _Ranks:
         return torch.cat(distributed.of_all(own), dim=1)
 
     def log_sum(self, parts: Tensor) -> Tensor:
-        """log2 of the sum over ranks of 2^parts, elementwise."""
-        return reduce(torch.logaddexp2, distributed.of_all(parts))
+        """log2 of the sum over ranks of 2^parts, elementwise; -inf where all parts are."""
+        largest = distributed.all_max(parts.clone()).clamp_(min=torch.finfo(parts.dtype).min)  # -inf - -inf is NaN
+        return self.sum((parts - largest).exp2_()).log2_().add_(largest)
 
     def sum(self, values: Tensor) -> Tensor:
-        distributed.note("the sum of the loss's gradient")
+        distributed.note("a sum of the loss over ranks")
         return distributed.all_sum(values)
 
 

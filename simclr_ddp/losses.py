@@ -187,7 +187,8 @@ class _OnSphere(torch.autograd.Function):
 def contrastive_loss(z: Tensor, z_all: Tensor, first: int, objective: Objective, ranks: Ranks | None = None) -> Tensor:
     """Mean loss of this rank's anchors against the embeddings of the whole batch, a scalar.
 
-    z      [2, B, D]  this rank's embeddings, normalised as the objective says
+    z      [2, B, D]  this rank's embeddings, normalised as the objective says: on a GPU the sums of longer ones may
+                      leave float32's exponents
     z_all  [2, N, D]  those of all ranks, in rank order; z itself on one rank: every pair is then computed once
     first             position in z_all of this rank's image 0
     ranks             with them, z_all is taken as constant, and the gradient in z is that of the sum over ranks
@@ -200,19 +201,22 @@ def contrastive_loss(z: Tensor, z_all: Tensor, first: int, objective: Objective,
     _check_shapes(z, z_all, first)
     if objective.kernel == "spectral":
         return spectral(z, z_all if ranks is None else ranks.gather(z), first)
+    radius = _longest(objective, z.shape[-1])
     if objective.kernel == "concat_sum":
         z, z_all = _each(_halves, z, z_all)
     if objective.kernel in MIXTURES and objective.mix_level == "loss":
         losses = []
         for index, part in enumerate(parts(objective)):
             select = partial(torch.select, dim=0, index=index) if objective.kernel == "concat_sum" else (lambda z: z)
-            losses.append(_tiled_info_nce(*_each(select, z, z_all), first, part, ranks))
+            losses.append(_tiled_info_nce(*_each(select, z, z_all), first, part, ranks, radius))
         return objective.mix_weight * losses[0] + (1 - objective.mix_weight) * losses[1]
-    return _tiled_info_nce(z, z_all, first, objective, ranks)
+    return _tiled_info_nce(z, z_all, first, objective, ranks, radius)
 
 
-def _tiled_info_nce(z: Tensor, z_all: Tensor, first: int, objective: Objective, ranks: Ranks | None) -> Tensor:
-    """`info_nce` by tiles."""
+def _tiled_info_nce(
+    z: Tensor, z_all: Tensor, first: int, objective: Objective, ranks: Ranks | None, radius: float
+) -> Tensor:
+    """`info_nce` by tiles, of vectors no longer than `radius`."""
     log_k = log_kernel(objective)
     if z is z_all or ranks is not None:  # both views of a pair are here: it counts for either
         positive = _pairwise(log_k, *z.unbind(-3)).repeat(2)
@@ -222,7 +226,8 @@ def _tiled_info_nce(z: Tensor, z_all: Tensor, first: int, objective: Objective, 
     def plain(z: Tensor, z_all: Tensor) -> Tensor:
         return _log_kernels(z, z_all, first, log_k)[1].logsumexp(dim=1)
 
-    problem = tiled.Problem(tile_kernel(objective), plain, first, objective.precision, ranks, objective.backend)
+    kernel, precision, backend = tile_kernel(objective), objective.precision, objective.backend
+    problem = tiled.Problem(kernel, plain, first, precision, ranks, backend, radius)
     excess = tiled.log_sums(z, z_all, problem) - positive
     return torch.logaddexp(excess, torch.zeros_like(excess)).mean()  # log(1 + exp(excess)), exact near 0 too
 
@@ -391,6 +396,11 @@ def parts(objective: Objective) -> tuple[Objective, Objective]:
         replace(objective, kernel="exponential"),
         replace(objective, kernel="gaussian", temperature=second_temperature),
     )
+
+
+def _longest(objective: Objective, width: int) -> float:
+    """Bound of the Euclidean norm of vectors of norm √squared_radius in the norm `norm_p`: equal but for p > 2."""
+    return math.sqrt(objective.squared_radius) * width ** max(0.0, 1 / 2 - 1 / objective.norm_p)
 
 
 def _gamma(objective: Objective) -> float:
