@@ -31,7 +31,7 @@ from torch import Tensor
 from simclr_ddp import tiled
 from simclr_ddp.arc_cosine import ArcCosine, arccos
 from simclr_ddp.p_distance import PDistance
-from simclr_ddp.products import Product
+from simclr_ddp.products import Product, not_compiled
 from simclr_ddp.tile_kernels import Cosine, Mixture, Power, TileKernel, Vectors
 from simclr_ddp.tiled import BACKENDS, PRECISIONS, Ranks
 
@@ -184,6 +184,7 @@ class _OnSphere(torch.autograd.Function):
         return found * (-log_scale).exp() if torch.is_grad_enabled() else found.div_(scale), None
 
 
+@not_compiled
 def contrastive_loss(z: Tensor, z_all: Tensor, first: int, objective: Objective, ranks: Ranks | None = None) -> Tensor:
     """Mean loss of this rank's anchors against the embeddings of the whole batch, a scalar.
 
@@ -194,8 +195,8 @@ def contrastive_loss(z: Tensor, z_all: Tensor, first: int, objective: Objective,
     ranks             with them, z_all is taken as constant, and the gradient in z is that of the sum over ranks
 
     Computed in float64 where an input is float64, else in float32, under autocast too; by tiles, in memory that grows
-    with N, but for second derivatives. Averaged over ranks it is the single-process loss of N images. Raises
-    ValueError if the shapes disagree.
+    with N, but for second derivatives. Averaged over ranks it is the single-process loss of N images. In a function
+    that torch.compile compiles it is computed as it is, between two graphs. Raises ValueError if the shapes disagree.
     """
     z, z_all = _widen(z, z_all)
     _check_shapes(z, z_all, first)
@@ -268,6 +269,7 @@ def spectral(z: Tensor, z_all: Tensor, first: int) -> Tensor:
     return squares.mean() / (2 * z_all.shape[-2] - 1) - 2 * positive.mean()
 
 
+@not_compiled
 @torch.no_grad()
 def contrastive_accuracy(z: Tensor, z_all: Tensor, first: int, objective: Objective) -> Tensor:
     """Fraction of this rank's anchors whose positive has a larger kernel than every negative, a scalar in [0, 1].

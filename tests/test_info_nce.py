@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr_ddp import KernelInfoNCE, distributed
+from simclr_ddp import KernelInfoNCE, distributed, products, tile_kernels
 from simclr_ddp.info_nce import _Ranks
 from simclr_ddp.losses import Objective
 from tests.ranks import Ranks
@@ -360,3 +360,37 @@ def test_shapes_that_do_not_fit(shapes: tuple) -> None:
 def test_concat_sum_of_an_odd_width() -> None:
     with pytest.raises(ValueError, match="7 is odd"):
         KernelInfoNCE("concat_sum")(torch.zeros(4, 7), torch.zeros(4, 7))
+
+
+@pytest.mark.parametrize("kernel", ["cosine", "laplacian"])
+def test_in_a_compiled_loop_that_rounds_products(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.set_float32_matmul_precision("high") is for the model: the loss's products stay float32."""
+    seen = []
+
+    def tile(self: Any, *arguments: Any) -> Any:
+        seen.append(products._get_precision())
+        return of_tile(self, *arguments)
+
+    of = tile_kernels.Cosine if kernel == "cosine" else tile_kernels.Power
+    of_tile = of.tile
+    monkeypatch.setattr(of, "tile", tile)
+    torch.manual_seed(0)
+    objective, model, x = KernelInfoNCE(kernel, 0.2), nn.Linear(16, 8), torch.randn(20, 16)
+
+    def step(x: Tensor) -> Tensor:
+        y = model(x).relu() + 0.1
+        return 2 * objective(y[:10], y[10:])
+
+    results = []
+    before = products._get_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for function in (step, torch.compile(step, backend="aot_eager")):
+            loss = function(x)
+            results.append((loss.detach(), torch.autograd.grad(loss, model.weight)[0]))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        products._set_precision(before)
+    assert seen and all(precision == products._EXACT for precision in seen)
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert torch.equal(got, expected)
