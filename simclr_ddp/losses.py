@@ -61,7 +61,8 @@ class Objective:
     distance_p          in which norm `gaussian`, `laplacian` and `exponential` take the distance, 1 to math.inf;
                         other than 2 a pair costs a pass over its D differences, and no matrix product
     precision           "fp32" or "bf16", of the products that make the gradient: see `tiled.Problem`
-    backend             "tiled" or "triton", what computes it on a GPU; the latter is experimental: see `tiled.Problem`
+    backend             "tiled" or "triton", what computes it; the latter is experimental, and for a GPU, float32, a
+                        width of at most 512, and cosine, gaussian, laplacian and exponential: see `tiled.Problem`
 
     In `simple_sum` both parts see the whole embedding; in `concat_sum` the first sees its first half, the Gaussian
     its second, after one normalisation of the whole. `spectral` has no other precision and no other backend.
@@ -111,6 +112,12 @@ class Objective:
                 raise ValueError(
                     f"{name} is {value!r}, but the kernel spectral has no pairs to choose it for: set {only!r}"
                 )
+        if self.backend == "triton" and (self.kernel not in ("cosine", *OF_ANY_DISTANCE) or self.distance_p != 2):
+            of = f"the kernel {self.kernel}" if self.distance_p == 2 else f"distance_p {self.distance_p!r}"
+            raise ValueError(
+                f"backend is 'triton', which has no {of}: set 'tiled', or choose cosine, {', '.join(OF_ANY_DISTANCE)} "
+                "with distance_p 2"
+            )
         if not (_is_number(self.mix_weight) and 0 <= self.mix_weight <= 1):
             raise ValueError(f"mix_weight is {self.mix_weight!r}: choose a number between 0 and 1")
         if self.kernel in MIXTURES and self.mix_weight in (0, 1):
