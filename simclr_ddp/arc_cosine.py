@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from simclr_ddp.tile_kernels import EXCLUDED, Slope, Vectors, fill_own, squared_distances, without
+from simclr_ddp.tile_kernels import EXCLUDED, Slope, Vectors, fill_own, squared_distances, surely, without
 
 EDGE = 1e-6
 
@@ -46,8 +46,8 @@ class ArcCosine:
     def tile(self, rows: Vectors, columns: Vectors, own: Sequence[int], out: Tensor) -> tuple[Tensor, Slope]:
         below_one = squared_distances(rows, columns, self.temperature / 2, out)
         fill_own(below_one, own, 1)
-        least, most = below_one.aminmax()
-        ends = (below_one < EDGE) | (below_one > 2 - EDGE) if least < EDGE or most > 2 - EDGE else None
+        within = surely(lambda: _within(*below_one.aminmax()), below_one)
+        ends = None if within else (below_one < EDGE) | (below_one > 2 - EDGE)
         if ends is not None:
             below_one.clamp_(EDGE, 2 - EDGE)
         above_minus_one = 2 - below_one
@@ -61,6 +61,10 @@ class ArcCosine:
         else:
             slope = (phi if self.order == 2 else 4 * _angular(phi, 2, self.temperature)) / value
         return out, lambda s: (without(s.mul_(slope), ends),)
+
+
+def _within(least: Tensor, most: Tensor) -> Tensor:
+    return (least >= EDGE) & (most <= 2 - EDGE)
 
 
 def _angular(phi: Tensor, order: int, temperature: float) -> Tensor:

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from simclr_ddp import checkpoint, cli, distributed
 from simclr_ddp.config import Pretrain
 from simclr_ddp.data import PREFETCH, VIEWS, Dataset, cores, usable_loader, usable_workers
 from simclr_ddp.run import Plan
+from simclr_ddp.runtime import Runtime
 
 
 class Finding(NamedTuple):
@@ -29,6 +31,21 @@ def at_the_start(settings: Pretrain, plan: Plan, dataset: Dataset) -> None:
     for finding in found:
         if finding.level != "ok":
             cli.warn(finding.text)
+
+
+def loss_backend(settings: Pretrain, runtime: Runtime) -> None:
+    """ValueError where loss.backend=triton can't compute this run's loss. KernelInfoNCE refuses kernels by itself."""
+    if settings.loss.backend != "triton":
+        return
+    width = 0 if settings.head.kind == "none" else settings.head.out
+    for fault, text in (
+        (runtime.device.type == "cpu", "it needs a GPU, and this run is on the CPU"),
+        (find_spec("triton") is None, "Triton is not installed"),
+        (runtime.precision == "fp64", "it computes in float32, and precision=fp64"),
+        (width > 512, f"it takes embeddings of at most 512 numbers, and head.out={width}"),
+    ):
+        if fault:
+            raise ValueError(f"loss.backend=triton: {text}; set loss.backend=tiled")
 
 
 def negatives(n: int, ranks: int) -> str:

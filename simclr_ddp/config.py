@@ -112,6 +112,11 @@ class Loss:
     gather: str = option(
         "fp32", "what ranks send; bf16: half the bytes, embeddings rounded to 8 bits", ("fp32", "bf16")
     )
+    backend: str = option(
+        "tiled",
+        "what computes it; triton: experimental, NVIDIA GPUs only, not measured yet; no sums, arccos, spectral",
+        ("tiled", "triton"),
+    )
     radius: float = option(1.0, "radius of that sphere", low=1e-6)
 
 

@@ -216,14 +216,27 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def all_max(values: Tensor) -> Tensor:
+    """The largest over all ranks, elementwise, in place and without a gradient."""
+    if world_size() > 1:
+        _begin(f"all_reduce of {list(values.shape)}")
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+# torch 2.14 renamed it.
+_gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 def of_all(values: Tensor) -> list[Tensor]:
     """A tensor of one shape on all ranks -> that of each, in rank order, without a gradient."""
     if world_size() == 1:
         return [values]
     _begin(f"all_gather of {list(values.shape)}")
-    blocks = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(blocks, values.detach().contiguous())
-    return blocks
+    # Into one tensor: into a list of them NCCL copies W times, once per rank.
+    gathered = values.new_empty(world_size() * values.numel())
+    _gather_into(gathered, values.detach().contiguous().view(-1))
+    return [block.view(values.shape) for block in gathered.chunk(world_size())]
 
 
 def from_main(value: Any) -> Any:

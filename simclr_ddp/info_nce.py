@@ -5,7 +5,6 @@ A drop-in for any training loop, with or without DistributedDataParallel.
 
 import math
 from collections.abc import Callable
-from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from simclr_ddp import distributed
 from simclr_ddp.losses import Objective, _is_number, contrastive_accuracy, contrastive_loss, log_kernel, normalize
 from simclr_ddp.p_distance import PDistance
+from simclr_ddp.products import not_compiled
 from simclr_ddp.tiled import PRECISIONS
 
 
@@ -31,11 +31,12 @@ class _Ranks:
         return torch.cat(distributed.of_all(own), dim=1)
 
     def log_sum(self, parts: Tensor) -> Tensor:
-        """log2 of the sum over ranks of 2^parts, elementwise."""
-        return reduce(torch.logaddexp2, distributed.of_all(parts))
+        """log2 of the sum over ranks of 2^parts, elementwise; -inf where all parts are."""
+        largest = distributed.all_max(parts.clone()).clamp_(min=torch.finfo(parts.dtype).min)  # -inf - -inf is NaN
+        return self.sum((parts - largest).exp2_()).log2_().add_(largest)
 
     def sum(self, values: Tensor) -> Tensor:
-        distributed.note("the sum of the loss's gradient")
+        distributed.note("a sum of the loss over ranks")
         return distributed.all_sum(values)
 
 
@@ -112,6 +113,7 @@ class KernelInfoNCE(nn.Module):
             backend=backend,
         )
 
+    @not_compiled
     def forward(self, y_a: Tensor, y_b: Tensor) -> Tensor:
         """This rank's mean loss, a scalar.
 
@@ -119,7 +121,8 @@ class KernelInfoNCE(nn.Module):
 
         Gathers over the default process group if there is one. Averaged over ranks, as DistributedDataParallel
         averages gradients, value and gradient are those of one process with all N = n * world_size images. Computed
-        in at least float32, also under autocast.
+        in at least float32, also under autocast and whatever torch.set_float32_matmul_precision says. In a loop that
+        torch.compile compiles it runs as it is, between two graphs: fullgraph=True can't hold it.
         """
         if self.objective.kernel == "spectral":  # its gradient goes through all ranks' embeddings
             z, z_all, first = self._gathered(y_a, y_b, distributed.gather)
@@ -127,6 +130,7 @@ class KernelInfoNCE(nn.Module):
         z, z_all, first = self._gathered(y_a, y_b)
         return contrastive_loss(z, z_all, first, self.objective, _Ranks() if z_all is not z else None)
 
+    @not_compiled
     @torch.no_grad()
     def top1(self, y_a: Tensor, y_b: Tensor) -> Tensor:
         """Fraction of this rank's anchors whose positive is their nearest of all: a scalar in [0, 1]."""

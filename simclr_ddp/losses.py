@@ -31,7 +31,7 @@ from torch import Tensor
 from simclr_ddp import tiled
 from simclr_ddp.arc_cosine import ArcCosine, arccos
 from simclr_ddp.p_distance import PDistance
-from simclr_ddp.products import Product
+from simclr_ddp.products import Product, not_compiled
 from simclr_ddp.tile_kernels import Cosine, Mixture, Power, TileKernel, Vectors
 from simclr_ddp.tiled import BACKENDS, PRECISIONS, Ranks
 
@@ -61,7 +61,8 @@ class Objective:
     distance_p          in which norm `gaussian`, `laplacian` and `exponential` take the distance, 1 to math.inf;
                         other than 2 a pair costs a pass over its D differences, and no matrix product
     precision           "fp32" or "bf16", of the products that make the gradient: see `tiled.Problem`
-    backend             "tiled" or "triton", what computes it on a GPU; the latter is experimental: see `tiled.Problem`
+    backend             "tiled" or "triton", what computes it; the latter is experimental, and for a GPU, float32, a
+                        width of at most 512, and cosine, gaussian, laplacian and exponential: see `tiled.Problem`
 
     In `simple_sum` both parts see the whole embedding; in `concat_sum` the first sees its first half, the Gaussian
     its second, after one normalisation of the whole. `spectral` has no other precision and no other backend.
@@ -111,6 +112,12 @@ class Objective:
                 raise ValueError(
                     f"{name} is {value!r}, but the kernel spectral has no pairs to choose it for: set {only!r}"
                 )
+        if self.backend == "triton" and (self.kernel not in ("cosine", *OF_ANY_DISTANCE) or self.distance_p != 2):
+            of = f"the kernel {self.kernel}" if self.distance_p == 2 else f"distance_p {self.distance_p!r}"
+            raise ValueError(
+                f"backend is 'triton', which has no {of}: set 'tiled', or choose cosine, {', '.join(OF_ANY_DISTANCE)} "
+                "with distance_p 2"
+            )
         if not (_is_number(self.mix_weight) and 0 <= self.mix_weight <= 1):
             raise ValueError(f"mix_weight is {self.mix_weight!r}: choose a number between 0 and 1")
         if self.kernel in MIXTURES and self.mix_weight in (0, 1):
@@ -184,35 +191,40 @@ class _OnSphere(torch.autograd.Function):
         return found * (-log_scale).exp() if torch.is_grad_enabled() else found.div_(scale), None
 
 
+@not_compiled
 def contrastive_loss(z: Tensor, z_all: Tensor, first: int, objective: Objective, ranks: Ranks | None = None) -> Tensor:
     """Mean loss of this rank's anchors against the embeddings of the whole batch, a scalar.
 
-    z      [2, B, D]  this rank's embeddings, normalised as the objective says
+    z      [2, B, D]  this rank's embeddings, normalised as the objective says: on a GPU the sums of longer ones may
+                      leave float32's exponents
     z_all  [2, N, D]  those of all ranks, in rank order; z itself on one rank: every pair is then computed once
     first             position in z_all of this rank's image 0
     ranks             with them, z_all is taken as constant, and the gradient in z is that of the sum over ranks
 
     Computed in float64 where an input is float64, else in float32, under autocast too; by tiles, in memory that grows
-    with N, but for second derivatives. Averaged over ranks it is the single-process loss of N images. Raises
-    ValueError if the shapes disagree.
+    with N, but for second derivatives. Averaged over ranks it is the single-process loss of N images. In a function
+    that torch.compile compiles it is computed as it is, between two graphs. Raises ValueError if the shapes disagree.
     """
     z, z_all = _widen(z, z_all)
     _check_shapes(z, z_all, first)
     if objective.kernel == "spectral":
         return spectral(z, z_all if ranks is None else ranks.gather(z), first)
+    radius = _longest(objective, z.shape[-1])
     if objective.kernel == "concat_sum":
         z, z_all = _each(_halves, z, z_all)
     if objective.kernel in MIXTURES and objective.mix_level == "loss":
         losses = []
         for index, part in enumerate(parts(objective)):
             select = partial(torch.select, dim=0, index=index) if objective.kernel == "concat_sum" else (lambda z: z)
-            losses.append(_tiled_info_nce(*_each(select, z, z_all), first, part, ranks))
+            losses.append(_tiled_info_nce(*_each(select, z, z_all), first, part, ranks, radius))
         return objective.mix_weight * losses[0] + (1 - objective.mix_weight) * losses[1]
-    return _tiled_info_nce(z, z_all, first, objective, ranks)
+    return _tiled_info_nce(z, z_all, first, objective, ranks, radius)
 
 
-def _tiled_info_nce(z: Tensor, z_all: Tensor, first: int, objective: Objective, ranks: Ranks | None) -> Tensor:
-    """`info_nce` by tiles."""
+def _tiled_info_nce(
+    z: Tensor, z_all: Tensor, first: int, objective: Objective, ranks: Ranks | None, radius: float
+) -> Tensor:
+    """`info_nce` by tiles, of vectors no longer than `radius`."""
     log_k = log_kernel(objective)
     if z is z_all or ranks is not None:  # both views of a pair are here: it counts for either
         positive = _pairwise(log_k, *z.unbind(-3)).repeat(2)
@@ -222,7 +234,8 @@ def _tiled_info_nce(z: Tensor, z_all: Tensor, first: int, objective: Objective, 
     def plain(z: Tensor, z_all: Tensor) -> Tensor:
         return _log_kernels(z, z_all, first, log_k)[1].logsumexp(dim=1)
 
-    problem = tiled.Problem(tile_kernel(objective), plain, first, objective.precision, ranks, objective.backend)
+    kernel, precision, backend = tile_kernel(objective), objective.precision, objective.backend
+    problem = tiled.Problem(kernel, plain, first, precision, ranks, backend, radius)
     excess = tiled.log_sums(z, z_all, problem) - positive
     return torch.logaddexp(excess, torch.zeros_like(excess)).mean()  # log(1 + exp(excess)), exact near 0 too
 
@@ -263,6 +276,7 @@ def spectral(z: Tensor, z_all: Tensor, first: int) -> Tensor:
     return squares.mean() / (2 * z_all.shape[-2] - 1) - 2 * positive.mean()
 
 
+@not_compiled
 @torch.no_grad()
 def contrastive_accuracy(z: Tensor, z_all: Tensor, first: int, objective: Objective) -> Tensor:
     """Fraction of this rank's anchors whose positive has a larger kernel than every negative, a scalar in [0, 1].
@@ -391,6 +405,11 @@ def parts(objective: Objective) -> tuple[Objective, Objective]:
         replace(objective, kernel="exponential"),
         replace(objective, kernel="gaussian", temperature=second_temperature),
     )
+
+
+def _longest(objective: Objective, width: int) -> float:
+    """Bound of the Euclidean norm of vectors of norm √squared_radius in the norm `norm_p`: equal but for p > 2."""
+    return math.sqrt(objective.squared_radius) * width ** max(0.0, 1 / 2 - 1 / objective.norm_p)
 
 
 def _gamma(objective: Objective) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 from simclr_ddp.tile_kernels import EXCLUDED, LOG2_E, Slope, Vectors, fill_own
 
 BLOCK = 2**19  # numbers of a block of differences: 2 MiB in float32
+GPU_BLOCK = 2**25  # there a smaller one is done before the next is launched
 
 
 class PDistance:
@@ -112,6 +113,7 @@ def p_norm(u: Tensor, p: float) -> Tensor:
 
 def _parts(rows: Tensor, columns: Tensor) -> Iterator[slice]:
     """Runs of rows whose differences from all columns are a block."""
-    length = max(1, BLOCK // max(1, columns.numel()))
+    block = BLOCK if rows.device.type == "cpu" else GPU_BLOCK
+    length = max(1, block // max(1, columns.numel()))
     for start in range(0, len(rows), length):
         yield slice(start, min(start + length, len(rows)))

@@ -60,6 +60,7 @@ def pretrain(settings: Pretrain) -> int:
         check_agreement(settings, runtime, dataset)
         objective, augment = make_objective(settings), make_augmentation(settings, dataset, runtime)
         try:
+            checks.loss_backend(settings, runtime)
             plan = make_plan(settings, dataset)
         except ValueError as error:  # of all ranks: they agree in settings and data
             distributed.fail_together(str(error))
@@ -183,6 +184,7 @@ def make_objective(settings: Pretrain) -> KernelInfoNCE:
         norm_p=loss.norm_p,
         distance_p=loss.distance_p,
         precision=loss.precision,
+        backend=loss.backend,
         gather=loss.gather,
     )
 

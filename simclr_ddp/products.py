@@ -28,6 +28,11 @@ class Product(torch.autograd.Function):
             return gradient @ b, gradient.mT @ a
 
 
+# Of functions: torch.compile runs them as they are, between two graphs, since it can't trace what sets the precision.
+# torch.compiler.disable does the same, but takes a second to import.
+not_compiled = torch._disable_dynamo
+
+
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """Matrix products of float32 as exact as float32 allows, whatever autocast and torch's global settings say."""

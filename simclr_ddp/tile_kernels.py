@@ -100,9 +100,10 @@ class Power:
             fill_own(x, own, EXCLUDED)
             return x, lambda s: (s,)
         fill_own(x, own, self.unit)
-        near = x <= self.floor * self.unit if x.amin() <= self.floor * self.unit else None  # hardly ever
+        least = self.floor * self.unit
+        near = None if surely(lambda: x.amin() > least, x) else x <= least  # hardly ever
         if near is not None:
-            x.clamp_(min=self.floor * self.unit)
+            x.clamp_(min=least)
         if self.gamma == 1 and self.outer == 1:  # x^(γ/2 - 1) is -1 / log2 k, and needs no memory
             x.sqrt_().neg_()
             fill_own(x, own, EXCLUDED)
@@ -164,6 +165,16 @@ def squared_distances(rows: Vectors, columns: Vectors, factor: float, out: Tenso
 def fill_own(pairs: Tensor, own: Sequence[int], value: float) -> None:
     for offset in own:
         pairs.diagonal(offset, -2, -1).fill_(value)
+
+
+def can_ask(z: Tensor) -> bool:
+    """Whether the host may test values: elsewhere than on the CPU it would wait for the device."""
+    return z.device.type == "cpu"
+
+
+def surely(test: Callable[[], Tensor], of: Tensor) -> bool:
+    """Whether all of the test of `of` is true; False where the host can't ask."""
+    return can_ask(of) and bool(test().all())
 
 
 def without(s: Tensor, some: Tensor | None) -> Tensor:

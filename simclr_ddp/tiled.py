@@ -5,13 +5,16 @@ With k the kernel, and negatives of m the views of the images other than m's,
     log-sum   A_m = log Σ_{negatives j of m} k(z_m, z_j)
     gradient  Σ_m g_m ∂A_m = Σ_{pairs m, j} S_mj ∂log k(z_m, z_j)     S_mj = g_m exp(log k - A_m) + g_j exp(log k - A_j)
 
-The forward pass keeps A, and of small batches the tiles (40 MiB a kernel at most; a mixture of losses has two kernels);
-of others the backward pass computes them again. Where the anchors are the whole batch, a pair is in one tile, on or
-above the diagonal, which serves its row and its column. Ranks share these tiles out evenly.
+The forward pass keeps A, and of small batches the tiles (40 MiB per kernel at most, 256 MiB on a GPU; a mixture of
+losses has two kernels); of others the backward pass computes them again. Where the anchors are the whole batch, a pair
+is in one tile, on or above the diagonal, which serves its row and its column. Ranks share these tiles out evenly.
 
 Tiles hold log2 k: exp2 is three times as fast as exp, and no slower where it underflows. Where the lengths of the
 vectors bound log2 k to a range well within float32's exponents, sums are of k itself, one exponential a pair. Else, at
 low temperatures, each row and each column is taken relative to its own largest, which one shift for both can't replace.
+
+Nothing here makes the host wait for a GPU: what a test of values would decide follows there from the objective, or is
+done in any case. On the CPU such a test costs less than the pass over memory that it saves.
 """
 
 import math
@@ -28,7 +31,7 @@ import torch
 from torch import Tensor
 
 from simclr_ddp.products import full_precision
-from simclr_ddp.tile_kernels import LOG2_E, TileKernel, Vectors, fill_own
+from simclr_ddp.tile_kernels import LOG2_E, TileKernel, Vectors, can_ask, fill_own, surely
 
 PRECISIONS = ("fp32", "bf16")
 BACKENDS = ("tiled", "triton")
@@ -38,8 +41,25 @@ TRIANGLE = 512  # of tiles on the diagonal, which are halved, since all of their
 KEPT = 40 * 2**20  # so many bytes of tiles at most are kept for the backward pass
 
 
+class Sizes(NamedTuple):
+    """The three above, for one kind of device."""
+
+    tile: int
+    triangle: int
+    kept: int
+
+
+# A tile of 1,024 is done sooner than the host launches the next; these take 64 MiB in float32, of which up to three
+# (arc-cosine and p-norm distances: about eight) exist at a time. Predicted from operations and bytes, not measured.
+GPU = Sizes(4096, 2048, 256 * 2**20)
+
+
+def sizes_for(device: torch.device) -> Sizes:
+    return Sizes(TILE, TRIANGLE, KEPT) if device.type == "cpu" else GPU
+
+
 class Ranks(Protocol):
-    """What ranks that share one batch tell each other; `simclr_ddp.distributed` has it. All call in one order."""
+    """What ranks that share one batch send each other; `simclr_ddp.info_nce` has it. All call in one order."""
 
     index: int
     count: int
@@ -62,8 +82,10 @@ class Problem:
                1e-4 to 5e-3 of the gradient's norm, most where embeddings cluster. The kernels are float32 either way.
     ranks      None: the gradient in z and in z_all is this process's. Else z_all are all ranks' z, taken as constant,
                and the gradient in z is that of the sum over ranks of what each makes of its log-sums.
-    backend    "tiled", or "triton": the kernels of `simclr_ddp.triton_log_sums` where they can do it. Experimental:
-               checked through Triton's interpreter, not measured on a GPU yet.
+    backend    "tiled", or "triton": the kernels of `simclr_ddp.triton_log_sums`, ValueError where they can't do it.
+               Experimental: checked through Triton's interpreter, not measured on a GPU yet.
+    radius     bound of the vectors' Euclidean norm, by which it is decided on a GPU whether k are added as they are;
+               the CPU measures it
     """
 
     kernel: TileKernel
@@ -72,6 +94,7 @@ class Problem:
     precision: str
     ranks: Ranks | None
     backend: str = "tiled"
+    radius: float = math.inf
 
 
 def log_sums(z: Tensor, z_all: Tensor, problem: Problem) -> Tensor:
@@ -97,11 +120,11 @@ def largest(
     rows, columns = _vectors(z), _vectors(z_all)
     found = z.new_full((rows.z.shape[-2],), -math.inf)
     with full_precision(z.device.type):
-        for tile in tiles(z.shape[-2], z_all.shape[-2], first, z is z_all):
+        for tile in tiles(z.shape[-2], z_all.shape[-2], first, z is z_all, sizes=sizes_for(z.device)):
             log_k = of_tile(rows.part(tile.rows), columns.part(tile.columns), tile.own)
             fill_own(log_k, tile.own, -math.inf)
             for dim, where in ((1, tile.rows), (0, tile.columns))[: 1 + tile.mirrored]:
-                found[where] = torch.maximum(found[where], log_k.amax(dim))
+                torch.maximum(found[where], log_k.amax(dim), out=found[where])
     return found
 
 
@@ -121,19 +144,30 @@ class Tile(NamedTuple):
 Run = tuple[int, int, int]  # view, and images from and to
 
 
-def tiles(batch: int, total: int, first: int, symmetric: bool, index: int = 0, count: int = 1) -> list[Tile]:
+def tiles(
+    batch: int,
+    total: int,
+    first: int,
+    symmetric: bool,
+    index: int = 0,
+    count: int = 1,
+    sizes: Sizes | None = None,
+) -> list[Tile]:
     """The tiles of 2 * batch anchors against 2 * total columns; of `symmetric` ones the share of rank `index`.
+
+    sizes  by default the CPU's
 
     Rank r computes the pairs of its own images, and those with the images of the half of the ranks that follow it, in
     a circle: all shares are equal. Of an even number the last of these is half-way round for both, who share its pairs.
     """
+    sizes = sizes or sizes_for(torch.device("cpu"))
     if symmetric:
         starts = [total * rank // count for rank in range(count + 1)]
-        chosen = _own(starts[index], starts[index + 1])
+        chosen = _own(starts[index], starts[index + 1], sizes)
         for rows, columns in _following(starts, index):
-            chosen += _cross(rows, columns)
+            chosen += _cross(rows, columns, sizes.tile)
     else:
-        chosen = _cross((0, batch), (0, total))
+        chosen = _cross((0, batch), (0, total), sizes.tile)
     return [
         Tile(
             slice(v * batch + a, v * batch + b),
@@ -145,19 +179,19 @@ def tiles(batch: int, total: int, first: int, symmetric: bool, index: int = 0, c
     ]
 
 
-def _own(start: int, stop: int) -> list[tuple[Run, Run]]:
+def _own(start: int, stop: int, sizes: Sizes) -> list[tuple[Run, Run]]:
     """The pairs of these images on and above the diagonal."""
-    runs = [(view, a, b) for view in range(2) for a, b in _split(start, stop, TILE)]
-    return [*combinations(runs, 2), *(pair for run in runs for pair in _triangle(run))]
+    runs = [(view, a, b) for view in range(2) for a, b in _split(start, stop, sizes.tile)]
+    return [*combinations(runs, 2), *(pair for run in runs for pair in _triangle(run, sizes.triangle))]
 
 
-def _triangle(run: Run) -> list[tuple[Run, Run]]:
+def _triangle(run: Run, most: int) -> list[tuple[Run, Run]]:
     """The pairs of a run with itself on and above its diagonal, in parts where that saves more than it costs."""
     view, start, stop = run
-    if stop - start <= TRIANGLE:
+    if stop - start <= most:
         return [(run, run)]
     first, last = (view, start, (start + stop) // 2), (view, (start + stop) // 2, stop)
-    return [*_triangle(first), (first, last), *_triangle(last)]
+    return [*_triangle(first, most), (first, last), *_triangle(last, most)]
 
 
 def _following(starts: list[int], index: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
@@ -175,12 +209,12 @@ def _following(starts: list[int], index: int) -> Iterator[tuple[tuple[int, int],
             yield (middle, starts[high + 1]), (starts[low], starts[low + 1])
 
 
-def _cross(rows: tuple[int, int], columns: tuple[int, int]) -> list[tuple[Run, Run]]:
+def _cross(rows: tuple[int, int], columns: tuple[int, int], tile: int) -> list[tuple[Run, Run]]:
     """All pairs of two ranges of images; few rows take more columns."""
     return [
         ((v, a, b), (u, c, d))
-        for a, b in _split(*rows, TILE)
-        for c, d in _split(*columns, max(TILE, TILE * TILE // (b - a)))
+        for a, b in _split(*rows, tile)
+        for c, d in _split(*columns, max(tile, tile * tile // (b - a)))
         for v, u in product(range(2), repeat=2)
     ]
 
@@ -245,8 +279,6 @@ class _LogSums(torch.autograd.Function):
             return ctx.sums / LOG2_E
         work = _Pairs(z, z_all, symmetric, problem)
         sums, ctx.kept = work.log_sums(any(ctx.needs_input_grad))
-        if problem.ranks is not None:
-            sums = problem.ranks.log_sum(sums)
         ctx.sums = sums
         return work.own(sums[:, None]).flatten() / LOG2_E
 
@@ -270,10 +302,7 @@ class _LogSums(torch.autograd.Function):
             gradient = ranks.all_rows(gradient.view(2, -1)).flatten()
         work = _Pairs(z, z_all, ctx.symmetric, ctx.problem)
         columns_too = ctx.needs_input_grad[1]
-        rows, columns = work.gradients(ctx.sums, gradient.clamp(min=0), ctx.kept, columns_too)
-        if (gradient < 0).any():
-            rows_less, columns_less = work.gradients(ctx.sums, (-gradient).clamp(min=0), ctx.kept, columns_too)
-            rows, columns = rows - rows_less, columns - columns_less
+        rows, columns = work.gradients(ctx.sums, gradient, ctx.kept, columns_too)
         if ctx.kept is not None:  # the loss may live on; a second pass computes them again
             buffers.give_back("kept", ctx.kept)
             ctx.kept = None
@@ -318,7 +347,8 @@ class _Pairs:
         self.batch, self.total = z.shape[-2], z_all.shape[-2]
         share = (ranks.index, ranks.count) if ranks is not None else (0, 1)
         first = 0 if self.symmetric else problem.first
-        self.tiles = tiles(self.z.shape[-2], self.total, first, self.symmetric, *share)
+        self.sizes = sizes_for(z.device)
+        self.tiles = tiles(self.z.shape[-2], self.total, first, self.symmetric, *share, self.sizes)
 
     def own(self, rows: Tensor) -> Tensor:
         """[..., 2 * rows, D] -> those of this process's anchors, [..., 2B, D]"""
@@ -328,11 +358,12 @@ class _Pairs:
         return rows.unflatten(-2, (2, -1))[..., own, :].flatten(-3, -2)
 
     def log_sums(self, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """log2 of the sums of all rows, and the tiles' slopes times k if they are kept for the backward pass."""
-        kernel = self.problem.kernel
+        """log2 of the sums of all rows, over all ranks, and the tiles' slopes times k if they are kept for the
+        backward pass."""
+        kernel, ranks = self.problem.kernel, self.problem.ranks
         rows, columns = self._sides()
         direct, all_pairs = self._is_direct(rows, columns), sum(map(_area, self.tiles))
-        keep = keep and direct and kernel.keeps and all_pairs * self.z.element_size() <= KEPT
+        keep = keep and direct and kernel.keeps and all_pairs * self.z.element_size() <= self.sizes.kept
         kept = buffers.take("kept", all_pairs, self.z) if keep else None
         sums = self.z.new_full((rows.z.shape[-2],), 0 if direct else -math.inf)
         with self._scratch(2) as (out, scratch), full_precision(self.z.device.type):
@@ -343,7 +374,7 @@ class _Pairs:
                 if direct:
                     k = torch.exp2(log_k, out=_shaped(scratch, tile) if place is None else place)
                     for dim, where in sides:
-                        sums[where] += k.sum(dim)
+                        sums[where].add_(k.sum(dim))  # `+=` would copy the result onto itself
                     if place is not None:
                         slope(k)
                     continue
@@ -351,29 +382,33 @@ class _Pairs:
                     most = log_k.amax(dim, keepdim=True)
                     total = torch.sub(log_k, most, out=_shaped(scratch, tile)).exp2_().sum(dim)
                     torch.logaddexp2(sums[where], total.log2_().add_(most.view(-1)), out=sums[where])
+        if ranks is not None:
+            sums = ranks.sum(sums) if direct else ranks.log_sum(sums)
         return sums.log2_() if direct else sums, kept
 
     def gradients(
         self, sums: Tensor, upstream: Tensor, kept: Tensor | None, columns_too: bool
     ) -> tuple[Tensor, Tensor]:
-        """Those of Σ upstream · sums, upstream at least 0, in the rows and, unless symmetric, the columns if wanted."""
+        """Those of Σ upstream · sums in the rows and, unless symmetric, the columns if wanted."""
         kernel, symmetric = self.problem.kernel, self.symmetric
         narrow = self.problem.precision == "bf16" and self.z_all.dtype == torch.float32
         centre = self.z_all.mean(dim=(-3, -2)) if narrow else None  # less is lost of what the vectors have in common
         rows, columns = self._sides(centre, narrow)
         in_rows = _Gradient(self.z, kernel, centre)
         in_columns = in_rows if symmetric else _Gradient(self.z_all, kernel, centre)
-        level = (upstream * kernel.scale).log2_() - sums
-        factor = level.exp2() if self._is_direct(rows, columns) else None
+        level = (upstream.abs() * kernel.scale).log2_() - sums
+        factor = level.exp2().copysign_(upstream) if self._is_direct(rows, columns) else None
+        signs = None if factor is not None or surely(lambda: upstream >= 0, upstream) else upstream.sign()
         with self._scratch(3) as scratch, full_precision(self.z.device.type):
             for tile, place in zip(self.tiles, _places(self.tiles, kept), strict=True):
                 part, other = rows.part(tile.rows), columns.part(tile.columns)
-                found = self._slopes(tile, part, other, level, factor, place, [_shaped(b, tile) for b in scratch])
+                buffers_of_tile = [_shaped(b, tile) for b in scratch]
+                found = self._slopes(tile, part, other, level, factor, signs, place, buffers_of_tile)
                 both_count = tile.mirrored or (columns_too and not symmetric)
                 if kernel.of_vectors:
-                    in_rows.products[tile.rows] += found[0]
+                    in_rows.products[tile.rows].add_(found[0])
                     if both_count:
-                        in_columns.products[tile.columns] += found[1]
+                        in_columns.products[tile.columns].add_(found[1])
                     continue
                 (on_dots,) = found
                 rounded = on_dots.bfloat16() if narrow else on_dots
@@ -390,17 +425,21 @@ class _Pairs:
         columns: Vectors,
         level: Tensor,
         factor: Tensor | None,
+        signs: Tensor | None,
         place: Tensor | None,
         scratch: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        """What the kernel's slope makes of the tile's weights S = 2^level k, or factor k if sums are direct."""
+        """What the kernel's slope makes of the tile's weights S = signs 2^level k, or factor k if sums are direct."""
         kernel, (out, s, other) = self.problem.kernel, scratch
         if place is None:
             log_k, slope = kernel.tile(rows, columns, tile.own, out)
         if factor is None:
             torch.add(log_k, level[tile.rows, None], out=s).exp2_()
+            if signs is not None:
+                s *= signs[tile.rows, None]
             if self.symmetric:
-                s += torch.add(log_k, level[tile.columns], out=other).exp2_()
+                torch.add(log_k, level[tile.columns], out=other).exp2_()
+                s = s.add_(other) if signs is None else s.addcmul_(other, signs[tile.columns])
             return slope(s)
         if place is None:
             place = torch.exp2(log_k, out=other)
@@ -419,7 +458,9 @@ class _Pairs:
         """Whether no sum of k needs a shift. One image has no sum."""
         if self.total == 1:
             return False
-        radius = torch.maximum(rows.squares.max(), columns.squares.max()).sqrt().item()
+        radius = self.problem.radius
+        if can_ask(self.z):
+            radius = torch.maximum(rows.squares.max(), columns.squares.max()).sqrt().item()
         return self.problem.kernel.largest(radius) <= SAFE
 
     @contextmanager
@@ -447,7 +488,7 @@ class _Gradient:
         else:
             own.baddbmm_(rounded, others)
         if self.weights is not None:
-            self.weights[..., where] += on_dots.sum(dim)
+            self.weights[..., where].add_(on_dots.sum(dim))
 
     def total(self) -> Tensor:
         if self.centre is not None and self.weights is not None:

@@ -16,6 +16,7 @@ from simclr_ddp.losses import Objective, contrastive_loss, normalize, tile_kerne
 from simclr_ddp.optim import make_optimizer, set_learning_rate
 from tests import processes
 from tests.ranks import Ranks
+from tests.test_losses_fake_cuda import MEMBERS, member
 from tests.test_resume import assert_same_run, settings
 
 pytestmark = [
@@ -276,3 +277,19 @@ def test_simclr_on_two_ranks_is_that_on_one_on_the_gpu(precision: str, norm: str
     With torch's SyncBatchNorm in place of ours as well.
     """
     assert_two_ranks_are_one("cuda", precision, norm, ranks)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_loss_does_not_wait_for_the_gpu(name: str, temperature: float) -> None:
+    """Nor do its gradient, of either sign, and its accuracy; tests/test_losses_fake_cuda.py asks without a GPU."""
+    torch.manual_seed(0)
+    y, objective = torch.randn(2, 300, 64, device="cuda", requires_grad=True), member(name, temperature)
+    for mode in ("default", "error"):  # the first call loads libraries
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            (-objective(y[0], y[1])).backward()
+            objective.top1(y[0], y[1])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert y.grad is not None and y.grad.isfinite().all()

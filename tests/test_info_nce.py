@@ -7,6 +7,8 @@ for one loss) would each fail a test here. At a temperature of 0.1, since at 0.5
 
 import inspect
 import math
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr_ddp import KernelInfoNCE, distributed
+from simclr_ddp import KernelInfoNCE, distributed, products, tile_kernels
+from simclr_ddp.info_nce import _Ranks
 from simclr_ddp.losses import Objective
 from tests.ranks import Ranks
 
@@ -108,26 +111,53 @@ def test_one_rank_is_the_cross_entropy_of_the_masked_matrix(by_world_size: dict)
     )
 
 
-def bytes_sent(gather: str) -> list[int]:
-    sent, of_all = [], distributed.of_all
+def bytes_sent(gather: str, temperature: float) -> list[tuple[str, int]]:
+    """What each collective of a loss takes from this rank."""
+    names, sent = ("of_all", "all_sum", "all_max"), []
+    before = {name: getattr(distributed, name) for name in names}
 
-    def counted(values: Tensor) -> list[Tensor]:
-        sent.append(values.nbytes)
-        return of_all(values)
+    def counted(name: str, values: Tensor) -> Any:
+        sent.append((name, values.nbytes))
+        return before[name](values)
 
-    distributed.of_all = counted
+    for name in names:
+        setattr(distributed, name, partial(counted, name))
     try:
         y = two_views()[:, distributed.own_slice(IMAGES)].float()
-        KernelInfoNCE(gather=gather)(y[0], y[1])
+        KernelInfoNCE(gather=gather, temperature=temperature)(y[0], y[1])
     finally:
-        distributed.of_all = of_all
+        for name, function in before.items():
+            setattr(distributed, name, function)
     return sent
 
 
 def test_embeddings_are_sent_in_half_the_bytes(ranks: Ranks) -> None:
-    wide, narrow = (ranks.run(2, bytes_sent, gather)[0] for gather in ("fp32", "bf16"))
-    assert wide[0] == 2 * IMAGES // 2 * INPUT * 4 == 2 * narrow[0]
-    assert wide[1:] == narrow[1:] == [4 * 2 * IMAGES]  # the sums
+    wide, narrow = (ranks.run(2, bytes_sent, gather, 0.1)[0] for gather in ("fp32", "bf16"))
+    assert wide[0] == ("of_all", 2 * IMAGES // 2 * INPUT * 4) and narrow[0] == ("of_all", wide[0][1] // 2)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_add_up_their_log_sums_without_gathering_them(world_size: int, ranks: Ranks) -> None:
+    """2N numbers, whatever the number of ranks; at a low temperature their largest as well."""
+    sums = 4 * 2 * IMAGES
+    for temperature, expected in ((0.1, [("all_sum", sums)]), (0.001, [("all_max", sums), ("all_sum", sums)])):
+        for sent in ranks.run(world_size, bytes_sent, "fp32", temperature):
+            assert sent[1:] == expected
+
+
+def log_sums_of_parts() -> Tensor:
+    """Of six rows: a part per rank, far apart, or of one rank alone, or of none."""
+    rank, none = distributed.rank(), -math.inf
+    parts = [float(rank), 3000.0 * rank, -3000.0 * rank, 2.0 if rank == 1 else none, none, -1e30]
+    return _Ranks().log_sum(torch.tensor(parts, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_log_sums_of_parts_that_are_far_apart_or_missing(world_size: int, ranks: Ranks) -> None:
+    first = math.log2(2**world_size - 1)
+    expected = [first, 3000.0 * (world_size - 1), 0.0, 2.0, -math.inf, -1e30]
+    for found in ranks.run(world_size, log_sums_of_parts):
+        assert found.tolist() == pytest.approx(expected, rel=1e-15, abs=1e-15)
 
 
 @pytest.mark.parametrize("kernel", ["cosine", "laplacian"])
@@ -226,11 +256,11 @@ def collectives(name: str) -> list[list[str]]:
 def test_embeddings_are_gathered_once(name: str, parts: int, ranks: Ranks) -> None:
     """Defect K5: others gather twice, and again for every part of a mixture.
 
-    Beside it each part gathers one number a view in either pass: log-sums forward, their gradients backward. The
-    spectral loss has no parts.
+    Beside it each part sends one number per view in either pass: sums forward, their gradients backward. The spectral
+    loss has no parts.
     """
     for forward, backward in ranks.run(2, collectives, name):
-        assert forward == ["gloo:all_gather"] * (1 + parts)
+        assert forward == ["gloo:all_gather"] + ["gloo:all_reduce"] * parts
         assert backward == ["gloo:all_gather"] * parts + ["gloo:all_reduce"] * max(parts, 1)
 
 
@@ -330,3 +360,37 @@ def test_shapes_that_do_not_fit(shapes: tuple) -> None:
 def test_concat_sum_of_an_odd_width() -> None:
     with pytest.raises(ValueError, match="7 is odd"):
         KernelInfoNCE("concat_sum")(torch.zeros(4, 7), torch.zeros(4, 7))
+
+
+@pytest.mark.parametrize("kernel", ["cosine", "laplacian"])
+def test_in_a_compiled_loop_that_rounds_products(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.set_float32_matmul_precision("high") is for the model: the loss's products stay float32."""
+    seen = []
+
+    def tile(self: Any, *arguments: Any) -> Any:
+        seen.append(products._get_precision())
+        return of_tile(self, *arguments)
+
+    of = tile_kernels.Cosine if kernel == "cosine" else tile_kernels.Power
+    of_tile = of.tile
+    monkeypatch.setattr(of, "tile", tile)
+    torch.manual_seed(0)
+    objective, model, x = KernelInfoNCE(kernel, 0.2), nn.Linear(16, 8), torch.randn(20, 16)
+
+    def step(x: Tensor) -> Tensor:
+        y = model(x).relu() + 0.1
+        return 2 * objective(y[:10], y[10:])
+
+    results = []
+    before = products._get_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for function in (step, torch.compile(step, backend="aot_eager")):
+            loss = function(x)
+            results.append((loss.detach(), torch.autograd.grad(loss, model.weight)[0]))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        products._set_precision(before)
+    assert seen and all(precision == products._EXACT for precision in seen)
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert torch.equal(got, expected)

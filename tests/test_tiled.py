@@ -16,12 +16,14 @@ from simclr_ddp.losses import (
     MIXTURES,
     Objective,
     _halves,
+    _longest,
     contrastive_accuracy,
     contrastive_loss,
     info_nce,
     log_kernel,
     normalize,
     parts,
+    tile_kernel,
 )
 from tests.ranks import Ranks
 
@@ -278,6 +280,51 @@ def test_gradients_of_either_sign_arrive(scale: float, small_tiles: None) -> Non
     z = normalize(y)
     (gradient,) = torch.autograd.grad(scale * contrastive_loss(z, z, 0, Objective()), y)
     torch.testing.assert_close(gradient, scale * loss_and_gradient(y, Objective())[1])
+
+
+@pytest.fixture
+def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed where the host can't ask for values, as on a GPU."""
+    for module in (tile_kernels, tiled):
+        monkeypatch.setattr(module, "can_ask", lambda z: False)
+
+
+@pytest.mark.parametrize("objective", [*members(0.1), *members(0.01)], ids=name)
+def test_without_a_test_of_values(objective: Objective, small_tiles: None, unasked: None) -> None:
+    for total in (1, 2, 11):
+        agree(views(total), objective)
+    near = views(11, noise=1e-5)
+    near[:, 5] = near[:, 2] * (1 + 1e-9)  # closer than the kernels' floor
+    agree(near, objective)
+
+
+@pytest.mark.parametrize("kernel", ["cosine", "laplacian"])
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+def test_any_signs_without_a_test_of_values(kernel: str, temperature: float, small_tiles: None, unasked: None) -> None:
+    """A negated loss, one of no weight, and log-sums of which each has its own."""
+    z, objective = normalize(views(7)).requires_grad_(), Objective(kernel, temperature)
+
+    def gradient(weights: Tensor) -> Tensor:
+        kernel, radius = tile_kernel(objective), 1.0
+        problem = tiled.Problem(kernel, lambda z, z_all: z, 0, "fp32", None, radius=radius)
+        return torch.autograd.grad((tiled.log_sums(z, z, problem) * weights).sum(), z)[0]
+
+    for scale in (-1.0, 0.0, 3.0):
+        (found,) = torch.autograd.grad(scale * contrastive_loss(z, z, 0, objective), z)
+        (expected,) = torch.autograd.grad(plain(z, z, 0, objective), z)
+        torch.testing.assert_close(found, scale * expected, rtol=1e-9, atol=1e-12)
+    weights = torch.linspace(-1, 2, 14, dtype=torch.float64)
+    expected = gradient(weights.clamp(min=0)) - gradient(-weights.clamp(max=0))
+    torch.testing.assert_close(gradient(weights), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm_p", [1.0, 1.5, 2.0, 3.0, math.inf])
+def test_no_embedding_is_longer_than_its_objective_says(norm_p: float) -> None:
+    """By which it is decided on a GPU how exponentials are added."""
+    objective = Objective("gaussian", squared_radius=4.0, norm_p=norm_p)
+    y = torch.cat([views(300, 16).flatten(0, 1), torch.ones(1, 16), torch.eye(16)[:1]])
+    longest = normalize(y, 4.0, norm_p).norm(dim=-1).max().item()
+    assert longest == pytest.approx(_longest(objective, 16), rel=1e-6)
 
 
 def test_backward_twice(small_tiles: None) -> None:

@@ -6,15 +6,28 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-from simclr_ddp import KernelInfoNCE, tiled
+from simclr_ddp import KernelInfoNCE, checks, config, tiled
+from simclr_ddp.config import Pretrain
 from simclr_ddp.losses import Objective, contrastive_loss
+from simclr_ddp.pretrain import make_objective
+from simclr_ddp.runtime import Runtime
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+def _lacks_triton() -> str:
+    """Why these tests can't run, or "". Before 3.3 its interpreter knows less of the language."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    found = version("triton")
+    return "" if tuple(map(int, found.split(".")[:2])) >= (3, 3) else f"Triton is {found}: these tests need 3.3"
+
+
+needs_triton = pytest.mark.skipif(bool(_lacks_triton()), reason=_lacks_triton())
 KERNELS = ("cosine", "gaussian", "laplacian", "gamma 0.5", "gamma 1.5", "gamma 3.0", "radius 2")
 COLD = ("cosine, cold", "gaussian, cold", "laplacian, cold")
 CASES = ("1 images, width 16", "2 images, width 16", "17 images, width 100", "whole batch", "sub-batch", "two ranks")
@@ -88,7 +101,7 @@ def test_no_environment_brings_it_to_a_cpu(errors: Errors) -> None:
     assert errors["usable on a CPU"]["usable"] == 0
 
 
-@pytest.mark.parametrize("kernel", ["cosine", "arccos"])
+@pytest.mark.parametrize("kernel", ["cosine", "exponential"])
 def test_where_it_cannot_it_says_so(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, and without Triton."""
     z = torch.nn.functional.normalize(torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
@@ -99,6 +112,42 @@ def test_where_it_cannot_it_says_so(kernel: str, monkeypatch: pytest.MonkeyPatch
     pytest.importorskip("triton", reason="Triton is not installed")
     with pytest.raises(ValueError, match=r"in torch\.float32 of width 8 on cpu: 'tiled'"):
         contrastive_loss(z, z, 0, Objective(kernel, backend="triton"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [({"kernel": k}, f"the kernel {k}") for k in ("simple_sum", "concat_sum", "arccos")]
+    + [({"kernel": "gaussian", "distance_p": 1.0}, "distance_p 1.0")],
+)
+def test_kernels_that_it_lacks_are_refused_at_once(settings: dict, names: str) -> None:
+    with pytest.raises(ValueError, match=f"backend is 'triton', which has no {names}: set 'tiled'"):
+        KernelInfoNCE(**settings, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "device", "says"),
+    [
+        ({}, "cpu", "it needs a GPU, and this run is on the CPU"),
+        ({"head.out": 513}, "cuda", "it takes embeddings of at most 512 numbers, and head.out=513"),
+        ({"precision": "fp64"}, "cuda", "it computes in float32, and precision=fp64"),
+        ({"head.kind": "none", "head.out": 1024}, "cuda", ""),
+    ],
+)
+def test_a_run_that_it_cannot_compute_does_not_start(arguments: dict, device: str, says: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    settings = config.build(Pretrain, [("the test", {"loss.backend": "triton", **arguments})])
+    assert make_objective(settings).objective.backend == "triton"
+    runtime = Runtime(torch.device(device), settings.precision, 1)
+    if not says:
+        checks.loss_backend(settings, runtime)
+        return
+    with pytest.raises(ValueError, match=f"^loss.backend=triton: {says}; set loss.backend=tiled$"):
+        checks.loss_backend(settings, runtime)
+
+
+def test_it_is_part_of_what_a_run_is() -> None:
+    """As loss.precision is: it changes the order of additions."""
+    assert config.result_keys(Pretrain())["loss.backend"] == "tiled"
 
 
 def test_a_backend_that_is_not_known() -> None:

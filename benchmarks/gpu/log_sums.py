@@ -5,16 +5,19 @@
 For each kernel, embedding width and number of images: first the error against float64, then seconds of a forward and
 a backward pass (median, least, most) and peak memory beside the inputs. Variants, all on one process:
 
-    tiled T               simclr_ddp.tiled as it is, with tiles of T rows and columns
+    tiled T               simclr_ddp.tiled, with tiles of T rows and columns (--tiles=1024,4096,8192)
     compiled T            the same tiles, each by one compiled function forward and one backward: torch.compile of the
-                          whole breaks off at the choice of the way of adding, which waits for the device, and unrolls
-                          the loop over tiles
+                          whole would unroll the loop over tiles
     compiled T, autotune  in the mode max-autotune-no-cudagraphs
     triton                simclr_ddp.triton_log_sums
     triton, tf32x3        with products on tensor cores, three for one: to see what it would gain, at which error
 
-Triton stays where it beats all but tf32x3: the ratio is printed. Results go to FILE.json after each measurement, by
-default benchmarks/results/log_sums_<GPU>.json. Exit status 1 if a variant fails or is wrong.
+Triton stays if it is at least 1.3 times as fast as the best of the others but tf32x3 for 4,096 images and more, and is
+deleted if not: the ratio is printed. Results go to FILE.json after each measurement, by default
+benchmarks/results/log_sums_<GPU>.json. Exit status 1 if a variant fails or is wrong.
+
+    --variants=tiled,triton   only those, named by their first word or in full
+    --seconds=1   of each measurement at most, unless three repeats take longer, instead of 5
 
     --sweep=128   instead: seconds of other blocks of the Triton kernels for embeddings of that width, best first, to
                   correct SHAPES in simclr_ddp/triton_log_sums.py by
@@ -25,7 +28,8 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -43,10 +47,10 @@ from simclr_ddp.products import full_precision
 from simclr_ddp.runtime import Runtime, describe
 
 FLAGS = {"--out": "", "--sizes": "512,2048,4096,8192,16384,65536", "--widths": "128,256", "--sweep": ""}
-FLAGS |= {"--device": "cuda", "--tiles": "512,4096"}
+FLAGS |= {"--device": "cuda", "--tiles": "1024,4096,8192", "--variants": "", "--seconds": "5"}
 KERNELS = ("cosine", "laplacian")
 TEMPERATURE = 0.1
-REPEATS, SECONDS = 10, 5.0  # of each variant at least, unless three take longer
+REPEATS = 10  # of each variant, unless three take longer than --seconds
 ALLOWED = {"sums": 1e-4, "gradient": 1e-3}
 
 Pass = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # z [2, N, D], upstream [2N] -> log-sums, gradient [2, N, D]
@@ -83,8 +87,9 @@ def main() -> int:
         sweep(int(flags["--sweep"]), min(max(sizes), 8192), device, note)
         return 0
     tiles = [int(word) for word in flags["--tiles"].split(",")]
+    chosen = [name for name in flags["--variants"].split(",") if name]
     for images, width, kernel in product(sizes, widths, KERNELS):
-        compare(images, width, kernel, tiles, device, note)
+        compare(images, width, kernel, tiles, device, note, chosen, float(flags["--seconds"]))
     print(f"wrote {out}")
     return 0 if all(entry["passed"] for entry in entries) else 1
 
@@ -126,13 +131,23 @@ def variants(kernel: tile_kernels.TileKernel, images: int, tiles: list[int], dev
 
 
 def compare(
-    images: int, width: int, kernel: str, tiles: list[int], device: torch.device, note: Callable[[dict[str, Any]], None]
+    images: int,
+    width: int,
+    kernel: str,
+    tiles: list[int],
+    device: torch.device,
+    note: Callable[[dict[str, Any]], None],
+    chosen: list[str],
+    seconds: float,
 ) -> None:
+    """One kernel at one size: the chosen variants, or all if none is named."""
     z, upstream = inputs(images, width, device)
     of = tile_kernel(Objective(kernel, TEMPERATURE))
     exact = plain(z.double(), upstream.double(), kernel=of, tile=4096)
     medians: dict[str, float] = {}
     for name, run in variants(of, images, tiles, device).items():
+        if chosen and name not in chosen and name.split()[0] not in chosen:
+            continue
         entry: dict[str, Any] = {"kernel": kernel, "images": images, "width": width, "variant": name}
         try:
             found = dict(zip(ALLOWED, run(z, upstream), strict=True))
@@ -141,13 +156,13 @@ def compare(
                 for what, expected in zip(ALLOWED, exact, strict=True)
             }
             passed = all(errors[what] <= allowed for what, allowed in ALLOWED.items())  # not for NaN either
-            entry |= {"passed": passed, "errors": errors} | measured(partial(run, z, upstream), device)
+            entry |= {"passed": passed, "errors": errors} | measured(partial(run, z, upstream), device, seconds)
             medians[name] = entry["seconds"]["median"]
         except Exception as error:  # out of memory or of shared memory, or a compiler that fails: the others go on
             entry |= {"passed": False, "failure": f"{type(error).__name__}: {str(error)[:500]}"}
         note(entry)
         print(line(entry), flush=True)
-    others = [seconds for name, seconds in medians.items() if not name.startswith("triton")]
+    others = [value for name, value in medians.items() if not name.startswith("triton")]
     if "triton" in medians and others:
         print(f"  the best other takes {min(others) / medians['triton']:.2f} times as long as triton", flush=True)
 
@@ -162,7 +177,7 @@ def line(entry: dict[str, Any]) -> str:
     return f"{what}{1e3 * entry['seconds']['median']:10.3f} ms {memory}  errors {errors}{verdict}"
 
 
-def measured(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+def measured(run: Callable[[], Any], device: torch.device, most: float = 5.0) -> dict[str, Any]:
     """Seconds of one call, and memory at its peak beside what was there before; after a call that compiled."""
     before = 0
     if device.type == "cuda":
@@ -172,7 +187,7 @@ def measured(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     run()
     memory = peak_memory_bytes(device) - before
     seconds: list[float] = []
-    while len(seconds) < REPEATS and (len(seconds) < 3 or sum(seconds) < SECONDS):
+    while len(seconds) < REPEATS and (len(seconds) < 3 or sum(seconds) < most):
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -193,13 +208,21 @@ def measured(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
 
 @torch.no_grad()
 def plain(z: Tensor, upstream: Tensor, *, kernel: tile_kernels.TileKernel, tile: int) -> tuple[Tensor, Tensor]:
-    before, tiled.TILE = tiled.TILE, tile
-    try:
-        work = tiled._Pairs(z, z, True, tiled.Problem(kernel, lambda a, b: a, 0, "fp32", None))
+    with tiles_of(tile):
+        work = tiled._Pairs(z, z, True, tiled.Problem(kernel, lambda a, b: a, 0, "fp32", None, radius=1.0))
         sums, kept = work.log_sums(True)
         return sums, work.gradients(sums, upstream, kept, False)[0].view(z.shape)
+
+
+@contextmanager
+def tiles_of(tile: int) -> Iterator[None]:
+    """Within, tiles on any device have so many rows and columns, and those on the diagonal half as many."""
+    before = tiled.TILE, tiled.TRIANGLE, tiled.GPU
+    tiled.TILE, tiled.TRIANGLE, tiled.GPU = tile, tile // 2, tiled.Sizes(tile, tile // 2, tiled.GPU.kept)
+    try:
+        yield
     finally:
-        tiled.TILE = before
+        tiled.TILE, tiled.TRIANGLE, tiled.GPU = before
 
 
 @torch.no_grad()
@@ -232,9 +255,8 @@ class Compiled:
     @torch.no_grad()
     def __call__(self, z: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
         images = z.shape[1]
-        before, tiled.TILE = tiled.TILE, self.tile
-        tiles = tiled.tiles(images, images, 0, True)
-        tiled.TILE = before
+        with tiles_of(self.tile):
+            tiles = tiled.tiles(images, images, 0, True)
         flat, image = z.flatten(0, 1), torch.arange(2 * images, device=z.device) % images
         squares, weight = flat.square().sum(dim=1), upstream * self.kernel.scale
         sums = flat.new_full((2 * images,), -torch.inf)
