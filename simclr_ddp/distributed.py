@@ -190,7 +190,8 @@ def is_main() -> bool:
 def barrier() -> None:
     if world_size() > 1:
         _begin("barrier")
-        dist.barrier()
+        # Else NCCL guesses the device, and warns of it.
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 @contextmanager
