@@ -1,13 +1,16 @@
 """What every command shares: its arguments, --help, and one-line errors."""
 
+import multiprocessing
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from simclr_ddp import config
 
@@ -22,6 +25,7 @@ FLAGS = {
 LOST = re.compile(r"Connection (closed|reset|refused)|Broken pipe|NCCL|[Gg]loo")
 MEMORY = re.compile(r"can't allocate memory|not enough memory")
 DECODING = re.compile(r"DataLoader worker .*")
+LAST_WORDS = 60.0  # seconds that a failed rank gives the thread that writes a checkpoint
 
 
 def main_rank() -> bool:
@@ -53,8 +57,52 @@ def run(
     usage  names its positional arguments in order, for example "[CONFIG.yaml]" or "SOURCE OUT"; a name in capitals
            fills the option of that name in lower case, CONFIG.yaml is a file of options.
     flags  the command's own, with their meanings; it looks for them itself
-    A ValueError or OSError is the user's: one line on stderr and status 2.
+    A ValueError or OSError is the user's: one line on stderr and status 2. A command that fails as one of several ranks
+    ends the process here, with the same status: what Python and torch do at their end may wait for the other ranks.
     """
+    try:
+        status = _run(command, cls, usage, about, argv, flags)
+    except BaseException as error:
+        if not _is_left_behind():
+            raise
+        status = 1
+        if isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else 1
+        else:
+            traceback.print_exc()
+    if _is_left_behind():
+        _end(status)
+    return status
+
+
+def _is_left_behind() -> bool:
+    """Whether a command has ended within the ranks' process group: it failed, or it would have left that."""
+    distributed = sys.modules.get("simclr_ddp.distributed")
+    return distributed is not None and distributed.is_left_behind()
+
+
+def _end(status: int) -> NoReturn:
+    """End the process now, once a checkpoint that is being written is on the disk, or a minute has passed."""
+    end = time.monotonic() + LAST_WORDS
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":  # of simclr_ddp.saver
+            thread.join(max(0, end - time.monotonic()))
+    for child in multiprocessing.active_children():
+        child.kill()  # those that decode images
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)
+
+
+def _run(
+    command: Callable[[Any], int | None],
+    cls: type,
+    usage: str,
+    about: str,
+    argv: list[str] | None,
+    flags: dict[str, str] | None,
+) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments
     own = flags or {}

@@ -163,8 +163,18 @@ def watch_store(limit: float) -> dist.Store | None:
 
 
 def stop() -> None:
-    if dist.is_initialized():
+    """Leave the process group; not while an exception passes, whose process `cli.run` ends without that.
+
+    Under NCCL it waits for every collective that this rank has begun. Where one rank fails alone, the others never come
+    to some of them: it would wait for ever, with its error untold.
+    """
+    if dist.is_initialized() and (sys.exc_info()[0] is None or not met):
         dist.destroy_process_group()
+
+
+def is_left_behind() -> bool:
+    """Whether there is still the process group that `start` joined."""
+    return met and dist.is_initialized()
 
 
 def rank() -> int:
@@ -190,7 +200,8 @@ def is_main() -> bool:
 def barrier() -> None:
     if world_size() > 1:
         _begin("barrier")
-        dist.barrier()
+        # Else NCCL guesses the device, and warns of it.
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def replay(wanted: Replay) -> int:
         scale = state.scaler.get_scale()
         bad = [n for n, p in state.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         _say(f"gradients: {_names(bad)}" + (f" (of a loss scaled by {scale:g})" if scale != 1 else ""))
-        norm = state.gradient_norm() / scale
+        norm = state.gradient_norm()
         mean = distributed.all_sum(loss.clone()) / distributed.world_size()
         cli.say(f"then: loss {then['loss']:g}, gradient norm {then['gradient_norm']:g}")
         cli.say(f"now:  loss {mean:g}, gradient norm {norm:g}")

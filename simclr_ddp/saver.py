@@ -41,7 +41,7 @@ class Saver:
     def save(self, state: dict[str, Any], step: int) -> None:
         """Copy the state now and write it in the background; waits for the checkpoint before, if that is unfinished."""
         self.wait()
-        copied = map_tensors(state, torch.clone)
+        copied = [map_tensors(state, torch.clone)]
         ready = torch.cuda.Event() if self._device.type == "cuda" else None
         if ready is not None:
             ready.record()
@@ -56,8 +56,10 @@ class Saver:
         self._thread = None
         return self._fault
 
-    def _write(self, state: dict[str, Any], step: int, ready: "torch.cuda.Event | None") -> None:
+    def _write(self, copied: list[dict[str, Any]], step: int, ready: "torch.cuda.Event | None") -> None:
+        """copied  holds the state, and is emptied: the copies on the device go as soon as they are on the host"""
         try:
+            state = copied.pop()
             if ready is not None:
                 with torch.cuda.stream(torch.cuda.Stream(self._device)):  # beside the steps that go on meanwhile
                     torch.cuda.current_stream().wait_event(ready)

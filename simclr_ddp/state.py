@@ -54,7 +54,9 @@ class State:
         self.model.zero_grad(set_to_none=True)
 
     def gradient_norm(self) -> Tensor:
-        return global_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        """That of the loss itself, whatever it is scaled by."""
+        norm = global_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm / self.scaler.scale(torch.ones_like(norm)) if self.scaler.is_enabled() else norm
 
     def step(self, skip: Tensor) -> None:
         """One update of all optimizers; a no-op on the device once `skip` (0-dim bool) has been true.

@@ -66,8 +66,10 @@ def forward_backward(
         later = number + 1 < parts and hasattr(model, "no_sync")
         with model.no_sync() if later else nullcontext():  # type: ignore[operator]
             output = project(model, part)
-            share = torch.as_tensor(probe_loss(output, part), device=y.device) / parts
-            ((output.y * gradient[:, number::parts]).sum() + state.scaler.scale(share)).backward()
+            total, share = (output.y * gradient[:, number::parts]).sum(), probe_loss(output, part)
+            if isinstance(share, Tensor):
+                total = total + state.scaler.scale(share / parts)
+            total.backward()
     return loss.detach(), y.detach()
 
 

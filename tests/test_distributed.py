@@ -130,6 +130,20 @@ def test_own_slice_without_a_group_is_everything_whatever_the_environment_says(m
     assert list(range(6))[distributed.own_slice(6)] == list(range(6))
 
 
+@pytest.mark.parametrize(("backend", "wanted"), [("nccl", [1]), ("gloo", None)])
+def test_nccl_is_told_the_device_of_a_barrier(
+    backend: str, wanted: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would guess, and warn at every start; gloo takes none."""
+    given: list[list[int] | None] = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(dist, "barrier", lambda device_ids: given.append(device_ids))
+    distributed.barrier()
+    assert given == [wanted]
+
+
 def ended_together() -> str:
     try:
         distributed.fail_together("it diverges")

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -28,6 +29,87 @@ def test_a_rank_that_dies_or_stands_still_is_named(number: int, images: Path, tm
     lines = [line for line in told.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and re.search(r"rank 1 has been silent for \d+ s; last seen at step \d+", lines[0]), told
     assert processes.group(process) == []
+
+
+FAILS = """
+step = pretrain.forward_backward
+def fails(*arguments):
+    fails.steps += 1
+    if fails.steps == 5:
+        raise ERROR
+    return step(*arguments)
+fails.steps = 0
+pretrain.forward_backward = fails
+"""
+# What destroying the process group does under NCCL, until all ranks come.
+WAITS = "import time; distributed.dist.destroy_process_group = lambda *_: time.sleep(1000)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "wanted", "told"),
+    [
+        ("ValueError('a picture is broken')", 2, "error: rank 1: a picture is broken (--debug shows where)"),
+        ("RuntimeError('a bug')", 1, "RuntimeError: a bug"),
+    ],
+)
+def test_a_rank_that_fails_alone_tells_why_and_ends(
+    error: str, wanted: int, told: str, images: Path, tmp_path: Path
+) -> None:
+    """Whatever destroying the process group waits for."""
+    fast = ("timeout=120", "data.loader=torch", "data.workers=0", "probe.enabled=false")
+    port, arguments = free_port(), settings(images, tmp_path / "run", *LONG[:2], *fast)
+    first = start_rank(0, 2, port, arguments, 60, WAITS)
+    second = start_rank(1, 2, port, arguments, 60, WAITS + FAILS.replace("ERROR", error))
+    try:
+        _, stderr = second.communicate(timeout=150)
+        _, others = first.communicate(timeout=60)
+    finally:
+        first.kill()
+        second.kill()
+    assert second.returncode == wanted and stderr.splitlines()[-1] == told, stderr
+    assert ("Traceback" in stderr) == ("bug" in error)
+    assert first.returncode == 2 and "error: another rank has gone" in others, others
+
+
+FAILS_ALONE = f"""
+import sys, threading, time
+from pathlib import Path
+from simclr_ddp import cli, distributed
+from simclr_ddp.config import WriteDataset
+{WAITS}
+
+def command(settings):
+    distributed.start_here(0, 1, settings.source)
+    distributed.met = True
+    threading.Thread(target=lambda: (time.sleep(1), Path(settings.out).touch()), name="checkpoint").start()
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    try:
+        raise ERROR
+    finally:
+        distributed.stop()
+
+print(cli.run(command, WriteDataset, "SOURCE OUT", "", sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted", "told"),
+    [
+        ("OSError('the disk is full')", 2, "error: the disk is full (--debug shows where)"),
+        ("KeyError('a bug')", 1, "KeyError: 'a bug'"),
+        ("SystemExit(3)", 3, ""),
+    ],
+)
+def test_the_end_after_an_error_waits_for_a_checkpoint_and_nothing_else(
+    error: str, wanted: int, told: str, tmp_path: Path
+) -> None:
+    """Neither for the process group, in which another rank may have failed, nor for any other thread."""
+    code = FAILS_ALONE.replace("ERROR", error)
+    command = [sys.executable, "-c", code, str(tmp_path / "store"), str(tmp_path / "saved")]
+    status, output = processes.finish(processes.start_command(command), limit=150)
+    assert status == wanted and (output.splitlines() or [""])[-1] == told, output
+    assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.slow

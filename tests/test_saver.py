@@ -2,12 +2,15 @@
 
 import resource
 import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from simclr_ddp import checkpoint, saver
 from simclr_ddp.config import Checkpoint
@@ -58,6 +61,33 @@ def test_the_thread_may_be_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     saving.save(state_of(2), 2)
     assert saving.wait() == "" and order == ["begin 1", "end 1", "begin 2", "end 2"]
     assert names(tmp_path) == ["latest", "step-00000001.pt", "step-00000002.pt"]
+
+
+def test_copies_on_the_device_are_gone_before_the_file_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk may be slow, and they are as large as the weights and the optimizer's averages."""
+    copies, left, clone = [], [], torch.clone
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        made = clone(tensor)
+        copies.append(weakref.ref(made))
+        return made
+
+    stream = SimpleNamespace(wait_event=lambda event: None)
+    cuda = SimpleNamespace(
+        Event=lambda: SimpleNamespace(record=lambda: None),
+        Stream=lambda device: stream,
+        stream=nullcontext,
+        current_stream=lambda: stream,
+    )
+    monkeypatch.setattr(saver, "torch", SimpleNamespace(clone=copy, cuda=cuda))
+    monkeypatch.setattr(saver, "Tensor", SimpleNamespace(cpu=clone))
+    monkeypatch.setattr(saver, "map_tensors", lambda value, function: tree_map(function, value))
+    monkeypatch.setattr(checkpoint, "save", lambda *_: left.extend(c for c in copies if c() is not None))
+    saving = Saver(tmp_path, Checkpoint(), 10, torch.device("cuda"))
+    saving.save({"model": {"weight": torch.ones(3)}}, 1)
+    assert saving.wait() == "" and len(copies) == 1 and left == []
 
 
 def test_when_one_is_due(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

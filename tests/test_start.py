@@ -16,11 +16,16 @@ from tests import processes
 from tests.test_resume import settings
 
 
-def start_rank(rank: int, size: int, port: int, arguments: list[str], arrival: float = 4) -> subprocess.Popen[str]:
-    """One rank as a batch system starts it, with torchrun's variables and without torchrun."""
+def start_rank(
+    rank: int, size: int, port: int, arguments: list[str], arrival: float = 4, disturbed: str = ""
+) -> subprocess.Popen[str]:
+    """One rank as a batch system starts it, with torchrun's variables and without torchrun.
+
+    disturbed  code that runs before the command does
+    """
     code = (
-        "import sys; from simclr_ddp import distributed, pretrain; "
-        f"distributed.ARRIVAL = {arrival}; sys.exit(pretrain.main(sys.argv[1:]))"
+        f"import sys; from simclr_ddp import distributed, pretrain\ndistributed.ARRIVAL = {arrival}\n{disturbed}\n"
+        "sys.exit(pretrain.main(sys.argv[1:]))"
     )
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     return subprocess.Popen(

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simclr_ddp import pretrain
 from simclr_ddp.config import Pretrain, build
-from simclr_ddp.data import open_dataset
+from simclr_ddp.data import Batch, open_dataset
 from simclr_ddp.distributed import CrossRankBatchNorm, data_parallel
+from simclr_ddp.info_nce import KernelInfoNCE
 from simclr_ddp.run import make_plan
 from simclr_ddp.runtime import Runtime
 from simclr_ddp.state import State
@@ -80,6 +82,40 @@ def test_the_encoder_holds_one_micro_batch_and_sees_each_once(images: Path) -> N
     *_, model, state = step(images, normalized=True, micro=4)
     assert model.passes == [(4, False)] * 4 + [(4, True)] * 4, "all by the model as it is trained, which is compiled"
     assert state.model.encoder.bn1.num_batches_tracked == 4
+
+
+class _Calls(TorchDispatchMode):
+    """Collects the names of the operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*arguments, **(keywords or {}))
+
+
+def test_without_a_probe_micro_batches_make_no_number_a_tensor(images: Path) -> None:
+    """On a GPU the host would wait for its copy."""
+    *_, model, state = step(images, normalized=True, micro=4, wrap=lambda model: model)
+    state.probe = None
+    batch = Batch(torch.rand(2, 16, 3, 16, 16).double(), torch.arange(16), None)
+    objective, runtime = KernelInfoNCE("cosine", 0.2), Runtime(torch.device("cpu"), "fp64", 1)
+    with _Calls() as calls:
+        forward_backward(model, state, runtime, objective, lambda inputs, *_: inputs, batch, 0, 4)
+    assert "aten.convolution.default" in calls.names and "aten.lift_fresh.default" not in calls.names
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_norm_of_the_gradient_is_not_that_of_the_scaled_loss(precision: str) -> None:
+    made = build(Pretrain, [("here", {"device": "cpu", "model.width": 0.0625, "head.out": 8})])
+    state = State(made, Runtime(torch.device("cpu"), precision, 1), open_dataset("spirograph", "train"))
+    for parameter in (parameters := list(state.model.parameters())):
+        parameter.requires_grad_()
+    state.scaler.scale(torch.stack([p.sum() for p in parameters]).sum()).backward()
+    assert (parameters[0].grad.flatten()[0] == 1) == (precision == "fp32")
+    assert state.gradient_norm().item() == pytest.approx(sum(p.numel() for p in parameters) ** 0.5, rel=1e-5)
 
 
 def reduced(images: Path, micro: int | None, compiled: bool) -> tuple[int, int]:
