@@ -38,9 +38,14 @@ def section(cls: type) -> Any:
     return field(default_factory=cls)
 
 
-LOADERS = ("auto", "ffcv", "torch")
-LOADER_MEANING = "who decodes a .beton file; both give the same pixels, auto takes FFCV where it is installed"
-WORKERS_MEANING = "decoders per rank, at most its cores: FFCV threads (at least 1), torch processes (0: in place)"
+LOADERS = ("auto", "ffcv", "torch", "device")
+LOADER_MEANING = (
+    "who decodes a .beton file: all give the same pixels; auto takes ffcv where it is installed, else torch; device "
+    "decodes a small set once, keeps it there and cuts there"
+)
+WORKERS_MEANING = (
+    "decoders per rank, at most its cores: threads of ffcv and device (at least 1), processes of torch (0: in place)"
+)
 
 
 @dataclass

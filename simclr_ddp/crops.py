@@ -84,6 +84,11 @@ def _boxes(
     return boxes.reshape(-1, views, 4)
 
 
+def filter_margin(extent: int, size: int) -> int:
+    """How many pixels beyond [start, start + extent) the filter that makes `size` of them can reach, at most."""
+    return math.ceil(max(extent / size, 1.0)) + 1
+
+
 def resize_crop(image: Image.Image, box: tuple[int, int, int, int] | np.ndarray, size: int) -> np.ndarray:
     """uint8 [size, size, 3]: the box of the image, resized by Pillow's bilinear filter, antialiased.
 
@@ -93,7 +98,7 @@ def resize_crop(image: Image.Image, box: tuple[int, int, int, int] | np.ndarray,
     top, left, height, width = (int(x) for x in box)
     if image.mode != "RGB":
         image = image.convert("RGB")
-    margin = math.ceil(max(height / size, 1.0)) + 1  # what the filter can reach
+    margin = filter_margin(height, size)
     above, below = max(0, top - margin), min(image.height, top + height + margin)
     strip = image.crop((0, above, image.width, below))
     bilinear = Image.Resampling.BILINEAR

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_ddp import spirograph, torch_loader
+from simclr_ddp import device_loader, spirograph, torch_loader
 from simclr_ddp.augmentations import Augmentation, normalize
 from simclr_ddp.beton import Beton
 from simclr_ddp.crops import crop_boxes, cut_views, evaluation_box
@@ -39,6 +39,11 @@ class Dataset:
     fingerprint: str
     images: Beton | None = None
     numbers: np.ndarray | None = None  # float32 [n, 10]
+
+    @property
+    def decoded(self) -> bool:
+        """Whether its images are decoded and cut, and not rendered."""
+        return self.images is not None and self.numbers is None
 
     @property
     def has_classes(self) -> bool:
@@ -118,10 +123,7 @@ def training_index(share: Share, count: int, start_step: int, total_steps: int) 
 
 
 class _TrainingCuts:
-    """Sampler of a DataLoader: (indices [B], crop boxes [B, V, 4]) for every step from start_step on.
-
-    The boxes of an epoch are computed once, for all of this rank's samples together.
-    """
+    """Sampler of a DataLoader: (indices [B], crop boxes [B, V, 4]) for every step from start_step on."""
 
     def __init__(self, dataset: Dataset, share: Share, steps: range, crop_scale: tuple[float, float]) -> None:
         self.dataset, self.share, self.steps, self.crop_scale = dataset, share, steps, crop_scale
@@ -130,12 +132,17 @@ class _TrainingCuts:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for index, boxes in self.epochs():
+            yield from zip(index, boxes, strict=True)
+
+    def epochs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(indices [steps, B], boxes [steps, B, V, 4]) of each epoch, computed for all of its steps together."""
         assert self.dataset.images is not None
         sizes = self.dataset.images.sizes
         for epoch, index in training_index(self.share, self.dataset.count, self.steps.start, self.steps.stop):
             flat = index.reshape(-1)
             boxes = crop_boxes(self.share.seed, epoch, flat, sizes[flat], VIEWS, self.crop_scale)
-            yield from zip(index, boxes.reshape(*index.shape, VIEWS, 4), strict=True)
+            yield index, boxes.reshape(*index.shape, VIEWS, 4)
 
 
 def _sent(values: np.ndarray, device: torch.device) -> Tensor:
@@ -146,12 +153,12 @@ def _sent(values: np.ndarray, device: torch.device) -> Tensor:
 
 @cache
 def usable_loader(wanted: str) -> tuple[str, str]:
-    """(`ffcv` or `torch`, why not FFCV): what `wanted` (auto, ffcv or torch) comes to here.
+    """(`ffcv`, `torch` or `device`, why not FFCV): what `wanted` (one of these, or auto) comes to here.
 
     Raises ValueError if FFCV is wanted and can't be imported.
     """
-    if wanted == "torch":
-        return "torch", ""
+    if wanted in ("torch", "device"):
+        return wanted, ""
     try:
         import simclr_ddp.ffcv_loader  # noqa: F401
     except Exception as error:  # a missing library is an OSError, numba raises errors of its own
@@ -166,6 +173,12 @@ def usable_loader(wanted: str) -> tuple[str, str]:
 def describe_loader(images: Beton, wanted: str, workers: int, batch_size: int, views: int, size: int) -> str:
     """One line: who decodes, why not FFCV, and the memory it takes, from the sizes in the file's tables."""
     loader, reason = usable_loader(wanted)
+    if loader == "device":
+        height, width = (int(side) for side in images.sizes.max(axis=0))
+        return (
+            f"images are decoded once and kept on the device, {device_loader.kept_bytes(images, size) / 1e6:,.0f} MB "
+            f"a rank: {images.count:,} of up to {width} x {height} pixels"
+        )
     if loader == "ffcv":
         who, kind, workers, ahead = "FFCV", "thread", max(1, workers), PREFETCH + 2  # one of them is in use
     else:
@@ -195,10 +208,14 @@ def training_batches(
 ) -> Generator[Batch, None, None]:
     """This rank's batches of the steps (counted from the start of the run), B = N / world_size images each.
 
-    loader  `auto`, `ffcv` or `torch`: all give the same views
+    loader  `auto`, `ffcv`, `torch` or `device`: all give the same views
+
+    Raises ValueError if the device has no room for a set that is to be kept there.
     """
     rows = (row for _, index in training_index(share, dataset.count, steps.start, steps.stop) for row in index)
     cuts = _TrainingCuts(dataset, share, steps, crop_scale)
+    if loader == "device" and dataset.decoded:
+        return _device_batches(dataset, cuts.epochs(), size, workers, device)
     return _batches(dataset, rows, cuts, size, workers, loader, device)
 
 
@@ -217,13 +234,18 @@ def views_at(
 def evaluation_batches(
     dataset: Dataset, index: np.ndarray, *, size: int, batch_size: int, workers: int, loader: str, device: torch.device
 ) -> Iterator[Batch]:
-    """The images of `index` [n] in that order, one central view each: inputs are uint8 [1, b, 3, size, size]."""
+    """The images of `index` [n] in that order, one central view each: inputs are uint8 [1, b, 3, size, size].
+
+    Raises ValueError if the device has no room for a set that is to be kept there.
+    """
     rows = [index[i : i + batch_size] for i in range(0, len(index), batch_size)]
     cuts = []
     if dataset.images is not None:
         sizes = dataset.images.sizes
         boxes = np.array([[evaluation_box(h, w, size)] for h, w in sizes[index].tolist()], np.int32)
         cuts = [(row, boxes[i * batch_size :][: len(row)]) for i, row in enumerate(rows)]
+        if loader == "device" and dataset.decoded:
+            return _device_batches(dataset, ((row[None], box[None]) for row, box in cuts), size, workers, device)
     return _batches(dataset, rows, cuts, size, workers, loader, device)
 
 
@@ -241,11 +263,12 @@ def _batches(
         labels = None if dataset.labels is None else _sent(dataset.labels[row], device)
         return Batch(inputs, _sent(row, device), labels)
 
-    if dataset.images is None or dataset.numbers is not None:
+    if not dataset.decoded:
         assert dataset.numbers is not None
         for row in rows:
             yield batch(_sent(dataset.numbers[row], device), row)
         return
+    assert dataset.images is not None
     read_views = torch_loader.read_views
     if usable_loader(loader)[0] == "ffcv":
         from simclr_ddp import ffcv_loader  # takes a second to import
@@ -254,6 +277,30 @@ def _batches(
     with closing(read_views(dataset.images, size, cuts, workers, PREFETCH, device.type == "cuda")) as decoded:
         for row, views in zip(rows, decoded, strict=True):
             yield batch(_views_first(views.to(device, non_blocking=True)), row)
+
+
+def _device_batches(
+    dataset: Dataset, tables: Iterable[tuple[np.ndarray, np.ndarray]], size: int, workers: int, device: torch.device
+) -> Generator[Batch, None, None]:
+    """The batches of `tables`, (indices [steps, b], crop boxes [steps, b, V, 4]) each, from images kept on the device.
+
+    A table goes there as a whole, and the next one is made meanwhile: a step sends nothing.
+    """
+    images = dataset.images
+    assert images is not None
+    device_loader.check_room(images, size, device)
+
+    def batches() -> Generator[Batch, None, None]:
+        kept = device_loader.resident(images, size, device, workers)
+        labels = None if dataset.labels is None else _sent(dataset.labels, device)
+        places = ((index, *device_loader.entries(images, index, boxes)) for index, boxes in tables)
+        with closing(device_loader.ahead(places)) as tables_ahead:
+            for table in tables_ahead:
+                for index, columns, rows in zip(*(_sent(part, device) for part in table), strict=True):
+                    inputs = device_loader.cut(kept, index, columns, rows)
+                    yield Batch(inputs, index, None if labels is None else labels.index_select(0, index))
+
+    return batches()
 
 
 def training_images(dataset: Dataset, augmentation: Augmentation, seed: int, dtype: torch.dtype) -> Callable:

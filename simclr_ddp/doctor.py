@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simclr_ddp import checkpoint, cli
+from simclr_ddp import checkpoint, cli, device_loader
 from simclr_ddp.checks import Finding, machine, memory, recipe
 from simclr_ddp.config import Doctor, Pretrain
 from simclr_ddp.data import VIEWS, Dataset, describe_loader, open_dataset, usable_loader, usable_workers
@@ -127,9 +127,12 @@ def images(settings: Doctor, dataset: Dataset) -> Iterator[Finding]:
 
 def decoding(settings: Doctor, dataset: Dataset, ranks: int) -> Iterator[Finding]:
     """Who decodes, and what it takes."""
-    if dataset.images is not None and dataset.numbers is None:
+    if dataset.images is not None and dataset.decoded:
         workers = usable_workers(settings.data.workers, ranks)
         share = settings.optim.global_batch_size // ranks
+        if settings.data.loader == "device":
+            on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+            device_loader.check_room(dataset.images, settings.data.size, torch.device("cuda" if on_gpu else "cpu"))
         told = describe_loader(dataset.images, settings.data.loader, workers, share, VIEWS, settings.data.size)
         yield Finding("ok", told)
 

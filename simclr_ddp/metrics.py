@@ -6,16 +6,17 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from simclr_ddp.cli import warn
+from simclr_ddp.cli import main_rank, say, warn
 from simclr_ddp.config import Log, short_hash
 
+T = TypeVar("T")
 TAIL = 200  # newest lines that a checkpoint holds, too
 
 
@@ -193,6 +194,26 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def progress(items: Iterable[T], count: int) -> Iterator[T]:
+    """The items, images, with rate and time left: a bar on a terminal, elsewhere a line every ten seconds."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=count, unit=" images", smoothing=0.05, disable=not main_rank())
+        return
+    start = last = time.perf_counter()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.perf_counter()
+        if now - last > 10:
+            last, rate = now, done / (now - start)
+            say(f"{done:,} of {count:,} images, {rate:,.0f} images/s, {duration((count - done) / rate)} left")
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _clock(seconds: float) -> str:

@@ -33,13 +33,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
 from simclr_ddp import __version__, beton, cli, draws
 from simclr_ddp.beton import Picture
 from simclr_ddp.cli import say
 from simclr_ddp.config import WriteDataset
 from simclr_ddp.data import cores
+from simclr_ddp.metrics import duration, progress
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "unlabeled", "unlabelled"}
@@ -132,7 +132,7 @@ def write_dataset(
 
     def samples() -> Iterator[tuple[Any, ...]]:
         with closing(_in_threads(pictures, range(count), workers)) as futures:
-            for i, future in enumerate(_progress(futures, count)):
+            for i, future in enumerate(progress(futures, count)):
                 try:
                     picture, why = future.result()
                 except ValueError as error:
@@ -559,34 +559,13 @@ def _estimate(source: Source, count: int, out: Path, workers: int, on_error: str
     need = int((mean + 3 * spread + beside) * count * lost) + 2 * page
     free = shutil.disk_usage(out.parent).free
     say(
-        f"about {need / 1e6:,.0f} MB and {_duration(seconds)} for {count:,} images with {workers} threads "
+        f"about {need / 1e6:,.0f} MB and {duration(seconds)} for {count:,} images with {workers} threads "
         f"({free / 1e6:,.0f} MB are free)"
     )
     if need > free:
         raise OSError(
             f"{out.parent} has {free / 1e6:,.0f} MB free, but about {need / 1e6:,.0f} MB are needed: use another disk"
         )
-
-
-def _progress(items: Iterator[Any], count: int) -> Iterator[Any]:
-    """The items, with rate and time left: a bar on a terminal, elsewhere a line every ten seconds."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, total=count, unit=" images", smoothing=0.05)
-        return
-    start = last = time.perf_counter()
-    for done, item in enumerate(items):
-        yield item
-        now = time.perf_counter()
-        if now - last > 10:
-            last, rate = now, (done + 1) / (now - start)
-            left = _duration((count - done - 1) / rate)
-            say(f"{done + 1:,} of {count:,} images, {rate:,.0f} images/s, {left} left")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ def _torch_as_found() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["torch", "ffcv"])
+@pytest.fixture(params=["torch", "ffcv", "device"])
 def loader(request: pytest.FixtureRequest) -> str:
-    """A value of data.loader; each test that takes it runs on both."""
+    """A value of data.loader; each test that takes it runs on all."""
     if request.param == "ffcv":
         pytest.importorskip("ffcv", reason="FFCV is not installed: make setup builds it")
     return request.param

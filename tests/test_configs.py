@@ -54,4 +54,4 @@ def test_presets_are_the_published_ones(name: str) -> None:
 
 
 def test_every_config_is_covered() -> None:
-    assert {path.stem for path in FILES} == PUBLISHED.keys() | {"spirograph", "cifar10_cpu"}
+    assert {path.stem for path in FILES} == PUBLISHED.keys() | {"spirograph", "cifar10_cpu", "cifar10_gpu"}

@@ -71,6 +71,7 @@ def assert_equal_runs(run_dir: Path, alone: Path, steps: tuple[int, ...]) -> Non
         ("torch", "cosine", "lars", (2, 4)),
         pytest.param("ffcv", "cosine", "lars", (2, 4), marks=pytest.mark.slow),
         ("ffcv", "concat_sum", "lars", (4,)),
+        ("device", "cosine", "lars", (2, 4)),
         *(
             pytest.param("torch", kernel, optimizer, (2,), marks=pytest.mark.slow)
             for kernel, optimizer in (
@@ -102,10 +103,10 @@ def test_ten_steps_are_those_of_one_rank(
         assert_equal_runs(tmp_path / str(world_size), tmp_path / "1", (1, STEPS))
 
 
-def test_a_run_goes_on_with_another_number_of_ranks_and_the_other_loader(
+def test_a_run_goes_on_with_another_number_of_ranks_and_another_loader(
     images: Path, ranks: Ranks, loader: str, tmp_path: Path
 ) -> None:
-    other = {"torch": "auto", "ffcv": "torch"}[loader]
+    other = {"torch": "auto", "ffcv": "device", "device": "torch"}[loader]
     ranks.run(1, train, settings(images, tmp_path / "1", "data.loader=torch"))
     ranks.run(2, train, settings(images, tmp_path / "2", f"data.loader={other}"))
     (tmp_path / "4" / "checkpoints").mkdir(parents=True)

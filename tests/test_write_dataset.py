@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from simclr_ddp import beton, spirograph, write_dataset
+from simclr_ddp import beton, metrics, spirograph, write_dataset
 from simclr_ddp.beton import Beton
 from simclr_ddp.write_dataset import convert
 from tests.conftest import write_images
@@ -567,8 +567,8 @@ def test_spirograph(write: Write) -> None:
 
 def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     clock = iter(range(0, 10_000, 4))
-    monkeypatch.setattr(write_dataset.time, "perf_counter", lambda: float(next(clock)))
-    assert list(write_dataset._progress(iter(range(10)), 10)) == list(range(10))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: float(next(clock)))
+    assert list(metrics.progress(iter(range(10)), 10)) == list(range(10))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "3 of 10 images, 0 images/s, 28 s left" and len(lines) == 3
 
