@@ -237,12 +237,12 @@ class Judge:
         if self._looked is not None and now - self._looked > self._limit / 2:
             self._seen, self._moved = {}, None  # it was this rank, or the whole machine, that stood still
         self._looked = now
-        known, self._seen = self._seen, {}
+        seen = {}
         for rank in ranks:
             beat = beats.get(rank, {}).get("beat", 0)
-            before = known.get(rank)
-            self._seen[rank] = before if before is not None and before[0] == beat else (beat, now)
-        self._beats = beats
+            before = self._seen.get(rank)
+            seen[rank] = before if before is not None and before[0] == beat else (beat, now)
+        self._beats, self._seen = beats, seen  # at once: another thread may ask who is silent
 
     def silent(self, limit: float, now: float) -> str:
         """The first rank that has been silent for longer than so many seconds, in a sentence; "" if none has."""
