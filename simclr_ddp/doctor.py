@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from simclr_ddp import checkpoint, cli, device_loader
 from simclr_ddp.checks import Finding, machine, memory, recipe
@@ -31,6 +32,10 @@ from simclr_ddp.run import Plan, default_run_dir, make_plan
 from simclr_ddp.runtime import Runtime, setup
 from simclr_ddp.state import State
 from simclr_ddp.step import forward_backward
+
+# Of an H100 or H200 in a ResNet's training step in bf16, where batch norm and ReLU wait for the memory: 15 % of the
+# peak of 989 TFLOP/s. An assumption.
+ASSUMED_RATE = 150e12
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,8 +71,9 @@ def examine(settings: Doctor) -> Iterator[Finding]:
     if plan is not None:
         yield from guarded(recipe, settings, plan)
     yield from guarded(room, settings)
-    if settings.device != "cpu" and torch.cuda.is_available():
+    if settings.device != "cpu":
         yield from guarded(gpu_memory, settings, ranks)
+        yield from guarded(arithmetic, settings, ranks)
     if plan is not None and settings.doctor.steps:
         yield from guarded(duration, settings, dataset, plan)
 
@@ -221,21 +227,43 @@ def activation_bytes(settings: Pretrain, low: bool = True) -> int:
 
 
 def gpu_memory(settings: Pretrain, ranks: int) -> Finding:
+    """A prediction, and where there is a GPU, whether that fits into it."""
     share = (settings.optim.micro_batch_size or settings.optim.global_batch_size) // ranks
     low = settings.precision in ("auto", "bf16", "fp16")
     views = VIEWS * share * activation_bytes(settings, low)
     wanted = views + 2 * checkpoint_bytes(settings) + 1_500_000_000  # gradients, averages; libraries and workspace
-    total = torch.cuda.get_device_properties(0).total_memory
-    text = (
-        f"about {wanted / 1e9:.1f} GB of {total / 1e9:.1f} GB of GPU memory, {views / 1e9:.1f} GB of them activations"
-    )
-    if wanted <= total:
+    total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    there = f" of {total / 1e9:.1f} GB" if total is not None else ""
+    text = f"about {wanted / 1e9:.1f} GB{there} of GPU memory per process, {views / 1e9:.1f} GB of them activations"
+    if total is None or wanted <= total:
         return Finding("ok", text)
     return Finding(
         "warning",
         f"{text}: more processes, model.checkpoint_stages=true, optim.micro_batch_size, a smaller data.size, or "
         "precision=bf16 takes less",
     )
+
+
+def flops_per_view(settings: Pretrain) -> int:
+    """Floating-point operations of one view's forward and backward passes, counted on the meta device.
+
+    A multiplication and an addition are two. With optim.micro_batch_size there is one more forward pass.
+    """
+    model, size = blank_model(settings), settings.data.size
+    with FlopCounterMode(display=False) as counter:
+        output = model(torch.zeros(1, 2, 3, size, size, device="meta"))
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        output.y.sum().backward()
+    return (forward * (2 if settings.optim.micro_batch_size else 1) + counter.get_total_flops()) // 2
+
+
+def arithmetic(settings: Pretrain, ranks: int) -> Finding:
+    """What a step takes on a GPU of an assumed speed; the trial, where there is one, measures this machine's."""
+    flops = flops_per_view(settings) * VIEWS * settings.optim.global_batch_size / ranks
+    rate = f"{ASSUMED_RATE / 1e12:.0f} TFLOP/s"
+    text = f"{flops / 1e12:,.1f} TFLOP per step and process: {flops / ASSUMED_RATE:.2g} s on a GPU that reaches {rate}"
+    return Finding("ok", f"{text} (a prediction: docs/scaling.md)")
 
 
 def duration(settings: Doctor, dataset: Dataset, plan: Plan) -> Finding:

@@ -52,10 +52,7 @@ def make_plan(settings: Pretrain, dataset: Dataset) -> Plan:
             f"optim.micro_batch_size={micro} is wanted to divide optim.global_batch_size={optim.global_batch_size} "
             f"and to be a multiple of the {world_size} ranks"
         )
-    if settings.compile and settings.model.checkpoint_stages:
-        raise ValueError("model.checkpoint_stages=true can't be compiled: compile=false is wanted with it")
-    if dataset.numbers is not None and settings.data.size != 32:
-        raise ValueError(f"data.size={settings.data.size}: Spirograph views are 32 pixels wide, data.size=32 is wanted")
+    check_options(settings, dataset)
     steps = steps_per_epoch(dataset, optim.global_batch_size)
     total, warmup = optim.steps or optim.epochs * steps, round(optim.warmup_epochs * steps)
     if warmup >= total:
@@ -72,6 +69,14 @@ def make_plan(settings: Pretrain, dataset: Dataset) -> Plan:
         schedule=optim.schedule,
         micro_batches=optim.global_batch_size // (micro or optim.global_batch_size),
     )
+
+
+def check_options(settings: Pretrain, dataset: Dataset) -> None:
+    """ValueError for options of the model and the images that exclude each other."""
+    if settings.compile and settings.model.checkpoint_stages:
+        raise ValueError("model.checkpoint_stages=true can't be compiled: compile=false is wanted with it")
+    if dataset.numbers is not None and settings.data.size != 32:
+        raise ValueError(f"data.size={settings.data.size}: Spirograph views are 32 pixels wide, data.size=32 is wanted")
 
 
 def default_run_dir(settings: Pretrain) -> Path:

@@ -36,8 +36,9 @@ from simclr_ddp.config import Verify
 from simclr_ddp.data import open_dataset
 from simclr_ddp.optim import set_learning_rate
 from simclr_ddp.pretrain import make_augmentation, make_batches, make_objective, make_parallel
-from simclr_ddp.run import default_run_dir, make_plan
+from simclr_ddp.run import check_options, default_run_dir
 from simclr_ddp.runtime import Runtime, describe
+from simclr_ddp.schedule import peak_learning_rate
 from simclr_ddp.state import State
 from simclr_ddp.step import forward_backward
 
@@ -59,7 +60,13 @@ def verify(settings: Verify) -> int:
         )
     peak = 0.0
     if not wanted.loss:
-        peak = make_plan(settings, open_dataset(settings.data.train, "train")).peak_learning_rate
+        dataset, optim = open_dataset(settings.data.train, "train"), settings.optim
+        check_options(settings, dataset)
+        if dataset.count < wanted.images:
+            raise ValueError(
+                f"verify.images={wanted.images}: data.train={dataset.source} holds {dataset.count} images; take fewer"
+            )
+        peak = peak_learning_rate(optim.base_learning_rate, optim.scaling, optim.global_batch_size)
     alone = run_on(1, settings, peak)
     moved = alone.pop("moved")
     rows = []

@@ -1,9 +1,11 @@
-"""Ranks that watch each other: one that died, stands still, or fell out of step ends all of them, with its name told.
+"""Ranks that watch each other: one that died, hangs, or fell out of step ends all of them, and is named.
 
-Each rank runs a thread that writes a heartbeat into the store of the process group and reads those of the others. A
-heartbeat counts itself, the steps and the collectives that were begun. What is noticed, within the limit: a rank whose
-thread is silent (stopped, or its machine is gone), and ranks that all go nowhere (one waits for what another will never
-send). A store that can't be reached, or does not answer, is the end of the launcher, or of rank 0.
+Each rank runs a thread that writes a heartbeat into the store of the process group. A heartbeat counts itself, the
+steps and the collectives that were begun. Rank 0 reads all of them, judges, and publishes its verdict in its own; the
+others read that of rank 0, so that the store answers a number of questions that grows as the number of ranks, not as
+its square. What is noticed, within the limit: a rank whose thread is silent (stopped, or its machine is gone; the
+others notice that of rank 0), and ranks that all make no progress (one waits for what another will never send). A store
+that can't be reached, or does not answer, is the end of the launcher, or of rank 0.
 """
 
 import json
@@ -12,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -44,14 +46,15 @@ class Watch:
     """Runs from its making to `stop`, on every rank; alone, it watches this process. Where the ranks met by others'
     doing, nothing is known of their store, and nothing is watched.
 
-    limit  seconds; every heartbeat is an entry in the store, and every rank reads all of them: once a second, or less
-           often with more than 64 ranks
+    limit  seconds; every heartbeat is an entry in the store, written once a second, or less often with more than 256
+           ranks
     """
 
     def __init__(self, limit: float) -> None:
-        self._limit, self._every = limit, max(1.0, distributed.world_size() / 64)
-        self._stopped, self._judge = threading.Event(), Judge(distributed.world_size(), limit)
+        self._limit, self._every = limit, max(1.0, distributed.world_size() / 256)
+        self._stopped = threading.Event()
         self._store = distributed.watch_store(limit)
+        self._post = Post(self._store, distributed.rank(), distributed.world_size(), limit, 3 * self._every)
         self._answered = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         if self._store is not None or distributed.world_size() == 1:
@@ -81,9 +84,12 @@ class Watch:
     def lost(self, error: str) -> str:
         """Which rank has gone, in a sentence; waits a few heartbeats to know it."""
         begin = time.monotonic()
-        while self._thread.is_alive() and time.monotonic() - begin < 5 * self._every:
-            silent = self._judge.silent(3 * self._every, time.monotonic())
+        # Rank 0 knows after three heartbeats and one to see them in, and the others one after it.
+        while self._thread.is_alive() and time.monotonic() - begin < 6 * self._every:
+            silent = self._post.suspect(time.monotonic())
             if silent:
+                if self._post.judges:
+                    time.sleep(2 * self._every)  # the others read it, perhaps in a store that ends with this process
                 return f"{silent}; {GO_ON}"
             time.sleep(0.1)
         return f"another rank has gone in the middle of a collective ({error[:80]} ...): it says why; {GO_ON}"
@@ -94,7 +100,7 @@ class Watch:
             leaving = self._stopped.wait(self._every)
             beat = -1 if leaving else beat + 1
             try:
-                beats = self._exchange(beat)
+                fault = self._post.turn(distributed.place | {"beat": beat}, time.monotonic())
             except Exception as error:  # torch's store has no error class of its own
                 if not self._stopped.is_set():
                     self._end(f"the launcher or rank 0 is gone: their store can't be reached ({str(error)[:80]})")
@@ -102,9 +108,8 @@ class Watch:
             self._answered = time.monotonic()
             if leaving:
                 return
-            fault = self._judge.look(beats, time.monotonic())
             if fault:
-                self._end(fault)
+                self._end(fault, linger=2 * self._every if self._post.judges and self._store is not None else 0)
 
     def _mind_the_store(self) -> None:
         """End this process if the store has stopped answering: no call to it has a time limit of its own."""
@@ -120,26 +125,77 @@ class Watch:
                     "without torchrun, or the launcher's machine stands still or is gone"
                 )
 
-    def _exchange(self, beat: int) -> dict[int, dict[str, Any]]:
-        """Write this rank's heartbeat; those of all ranks that have begun."""
-        own = distributed.place | {"beat": beat}
-        if self._store is None:
-            return {0: own}
-        self._store.set(str(distributed.rank()), json.dumps(own))
-        begun = [rank for rank in range(distributed.world_size()) if self._store.check([str(rank)])]
-        values = self._store.multi_get([str(rank) for rank in begun])
-        return {rank: json.loads(value) for rank, value in zip(begun, values, strict=True)}
+    def _end(self, message: str, linger: float = 0) -> None:
+        """End this process, whatever its main thread waits for; the first to do so says why.
 
-    def _end(self, message: str) -> None:
-        """End this process at once, whatever its main thread waits for; the first to do so tells why."""
+        linger  seconds to stay after that, for the others to read the verdict: the store may end with this process
+        """
         if self.first_to_tell():
             by = f" (told by rank {distributed.rank()})" if distributed.world_size() > 1 else ""
             print(f"error: {message}{by}; {GO_ON}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # a launcher ends all ranks when the first exits
+        time.sleep(linger)
         for decoding in multiprocessing.active_children():
             decoding.kill()  # one that stands still would stay
         os._exit(1)
+
+
+class Post:
+    """One rank's exchange of heartbeats through the store. Has no clock of its own, and no thread.
+
+    The lowest rank that has not left reads and judges all ranks: rank 0, as long as it is there. The others read it.
+
+    soon  seconds of silence after which a rank is suspected to be the one that broke a collective
+    """
+
+    def __init__(self, store: Any, rank: int, world_size: int, limit: float, soon: float) -> None:
+        self._store, self._rank, self._world_size = store, rank, world_size
+        self._limit, self._soon = limit, soon
+        self._judge = Judge(world_size, limit)
+        self._leader, self._begun = 0, {rank}  # ranks whose entry is known to be in the store
+        self._suspect = ""
+
+    @property
+    def judges(self) -> bool:
+        return self._leader == self._rank
+
+    def turn(self, own: dict[str, Any], now: float) -> str:
+        """Write this rank's heartbeat and read what concerns it: what is wrong, in a sentence, or ""."""
+        if not self.judges:
+            self._write(own)
+            heard = self._read([self._leader])
+            if heard.get(self._leader, {}).get("beat") == -1:
+                self._leader += 1  # it has left, and the next one judges from the next turn on
+                return ""
+            self._judge.hear([self._leader], heard, now)
+            told = heard.get(self._leader, {})
+            self._suspect = told.get("suspect", "")
+            return told.get("verdict", "") or self._judge.silent(self._limit, now)
+        others = [rank for rank in range(self._world_size) if rank != self._rank]
+        verdict = self._judge.look({self._rank: own} | self._read(others), now)
+        self._suspect = self._judge.silent(self._soon, now)
+        self._write(own | {"verdict": verdict, "suspect": self._suspect})
+        return verdict
+
+    def suspect(self, now: float) -> str:
+        """The rank that has probably gone, in a sentence; "" if none is known."""
+        return self._judge.silent(self._soon, now) or self._suspect
+
+    def _write(self, own: dict[str, Any]) -> None:
+        if self._store is not None:
+            self._store.set(str(self._rank), json.dumps(own))
+
+    def _read(self, ranks: list[int]) -> dict[int, dict[str, Any]]:
+        """The heartbeats of those that have begun: reading what is not there yet would wait for it."""
+        missing = [rank for rank in ranks if rank not in self._begun]
+        if missing and self._store.check([str(rank) for rank in missing]):
+            self._begun.update(missing)
+        elif len(missing) > 1:
+            self._begun.update(rank for rank in missing if self._store.check([str(rank)]))
+        there = [rank for rank in ranks if rank in self._begun]
+        values = self._store.multi_get([str(rank) for rank in there]) if there else []
+        return {rank: json.loads(value) for rank, value in zip(there, values, strict=True)}
 
 
 class Judge:
@@ -154,14 +210,7 @@ class Judge:
 
     def look(self, beats: dict[int, dict[str, Any]], now: float) -> str:
         """What is wrong, in a sentence; "" if nothing is. beats: rank -> {beat, step, count, what}"""
-        if self._looked is not None and now - self._looked > self._limit / 2:
-            self._seen, self._moved = {}, None  # it was this rank, or the whole machine, that stood still
-        self._looked = now
-        for rank in range(self._world_size):
-            beat = beats.get(rank, {}).get("beat", 0)
-            if rank not in self._seen or self._seen[rank][0] != beat:
-                self._seen[rank] = (beat, now)
-        self._beats = beats
+        self.hear(range(self._world_size), beats, now)
         silent = self.silent(self._limit, now)
         if silent:
             return silent
@@ -170,13 +219,30 @@ class Judge:
             self._moved = (progress, now)
         elif now - self._moved[1] > self._limit:
             since = f"nothing has moved for {now - self._moved[1]:.0f} s"
-            behind = min(progress, key=lambda rank: (progress[rank], rank))
+            behind = min(progress, key=lambda rank: (progress[rank], beats[rank]["beat"] != -1, rank))
             ahead = max(progress, key=lambda rank: (progress[rank], -rank))
-            if self._world_size == 1:
-                return f"{since}, at {_place(beats[0])}; timeout=... gives a step more time"
             places = [_place(beats[rank]) for rank in (behind, ahead)]
-            return f"{since}: rank {behind} is behind, at {places[0]}; rank {ahead} is at {places[1]}"
+            more = "timeout=... gives a step more time"
+            if self._world_size == 1:
+                return f"{since}, at {places[0]}; {more}"
+            left = beats[behind]["beat"] == -1
+            if progress[behind] == progress[ahead] and not left:
+                return f"{since}: all ranks are at {places[0]}; they wait {_waits_for(beats[behind])}; {more}"
+            is_there = f"rank {ahead} is at {places[1]}"
+            return f"{since}: rank {behind} {'has left' if left else 'is behind'}, at {places[0]}; {is_there}"
         return ""
+
+    def hear(self, ranks: Iterable[int], beats: dict[int, dict[str, Any]], now: float) -> None:
+        """Remember when the heartbeats of those ranks last changed; one that is not in `beats` has not begun."""
+        if self._looked is not None and now - self._looked > self._limit / 2:
+            self._seen, self._moved = {}, None  # it was this rank, or the whole machine, that stood still
+        self._looked = now
+        seen = {}
+        for rank in ranks:
+            beat = beats.get(rank, {}).get("beat", 0)
+            before = self._seen.get(rank)
+            seen[rank] = before if before is not None and before[0] == beat else (beat, now)
+        self._beats, self._seen = beats, seen  # at once: another thread may ask who is silent
 
     def silent(self, limit: float, now: float) -> str:
         """The first rank that has been silent for longer than so many seconds, in a sentence; "" if none has."""
@@ -190,3 +256,10 @@ class Judge:
 def _place(beat: dict[str, Any]) -> str:
     last = f", last collective {beat['collective']}" if beat["collective"] != "none" else ""
     return f"step {beat['step']}, {beat['what']}{last}"
+
+
+def _waits_for(beat: dict[str, Any]) -> str:
+    """What ranks that are all at the same place can only be waiting for."""
+    if beat["what"] == "its data":
+        return "for their data"
+    return "in that collective, or for their devices" if beat["collective"] != "none" else "for their devices"

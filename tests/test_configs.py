@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from simclr_ddp import config
+from simclr_ddp import config, doctor
 from simclr_ddp.config import Pretrain
 from simclr_ddp.info_nce import KernelInfoNCE
 from simclr_ddp.pretrain import make_objective
@@ -21,6 +21,7 @@ PUBLISHED = {
     "stl10": (96, 1.0, [0.5, 0.5], [0.4409, 0.4279, 0.3868], "stl"),
     "tiny_imagenet": (64, 1.0, [0.5, 0.5], IMAGENET, "cifar"),
     "imagenet_resnet50": (224, 1.0, [0.5, 0.5], IMAGENET, "imagenet"),
+    "imagenet_kernel_infonce": (224, 1.0, [0.5, 0.5], IMAGENET, "imagenet"),
 }
 
 
@@ -51,6 +52,17 @@ def test_presets_are_the_published_ones(name: str) -> None:
     a = settings.data.augmentation
     assert (settings.data.size, a.strength, a.blur, a.mean, settings.model.stem) == PUBLISHED[name]
     assert (a.jitter, a.greyscale, a.flip, a.crop_scale) == (0.8, 0.2, 0.5, [0.08, 1.0])
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1024])
+def test_the_head_quotes_what_the_doctor_predicts(micro_batch_size: int | None) -> None:
+    path = FOLDER / "imagenet_kernel_infonce.yaml"
+    settings, head = load(path), path.read_text()
+    settings.optim.micro_batch_size = micro_batch_size
+    for finding in (doctor.gpu_memory(settings, 8), doctor.arithmetic(settings, 8)):
+        assert finding.text.partition(" (a prediction")[0] in head
+    for override in ({"loss.kernel": "laplacian"}, {"loss.mix_level": "loss", "loss.mix_weight": 1}):
+        config.build(Pretrain, [(str(path), config.read_yaml(path)), ("the head", override)])
 
 
 def test_every_config_is_covered() -> None:

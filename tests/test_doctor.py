@@ -191,6 +191,29 @@ def test_a_start_prints_only_what_is_amiss(images: Path, tmp_path: Path, capfd: 
         assert capfd.readouterr().err.startswith(expected)
 
 
+def test_gpu_memory_and_time_are_predicted_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = built("model.width=0.25", "optim.global_batch_size=64", "doctor.ranks=2", "doctor.steps=0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    texts = [finding.text for finding in doctor.examine(wanted)]
+    (memory,) = (text for text in texts if "GPU memory" in text)
+    (time,) = (text for text in texts if "TFLOP per step" in text)
+    assert memory.startswith("about ") and " GB of GPU memory per process, " in memory
+    assert time.endswith("(a prediction: docs/scaling.md)")
+    wanted.device = "cpu"
+    assert not [finding for finding in doctor.examine(wanted) if "GPU memory" in finding.text]
+
+
+def test_the_operations_of_a_step_are_counted() -> None:
+    """ResNet-50 at 224 pixels: 4.1 billion multiplications and additions forward, and twice that backward."""
+    wanted = built("model.arch=resnet50", "model.width=1", "model.stem=imagenet", "data.size=224")
+    once = doctor.flops_per_view(wanted)
+    assert once == pytest.approx(3 * 2 * 4.1e9, rel=0.02)
+    wanted.model.checkpoint_stages = True
+    again = doctor.flops_per_view(wanted)
+    wanted.model.checkpoint_stages, wanted.optim.micro_batch_size = False, 32
+    assert once * 1.3 < again < once * 4 / 3 < doctor.flops_per_view(wanted) < once * 1.35
+
+
 @pytest.mark.parametrize(("arch", "size", "stem"), [("resnet18", 32, "cifar"), ("resnet50", 64, "imagenet")])
 def test_activations_are_counted_without_memory(arch: str, size: int, stem: str) -> None:
     """Against the bytes that autograd really keeps, in float32."""

@@ -224,6 +224,35 @@ def test_setup_with_another_opencv(checkout: Checkout) -> None:
     assert checkout.setup("debian") == (["pip ffcv-1.whl"], "")  # from the one that was kept
 
 
+@pytest.mark.parametrize("lowest", [True, False])
+def test_the_oldest_versions_are_those_of_setup_cfg(machine: Machine, tmp_path: Path, lowest: bool) -> None:
+    """tools/oldest, with a Python that only writes down how it is called."""
+    calls, folder = tmp_path / "calls", tmp_path / "checkout"
+    (folder / "tools").mkdir(parents=True)
+    shutil.copy(ROOT / "tools" / "oldest", folder / "tools" / "oldest")
+    version = f"{sys.version_info[0]}.{sys.version_info[1] if lowest else 1}"
+    allowed = f"[options]\npython_requires = >={version}\ninstall_requires =\n    torch>=2.7\n    numpy>=1.26\n"
+    extras = "".join(f"{extra} =\n    {extra}-needs>=1\n" for extra in ("log", "maps", "slurm", "sweep"))
+    tests = "test =\n    pytest>=8\n    ruff\nffcv =\n    ffcv>=1\n"
+    (folder / "setup.cfg").write_text(f"{allowed}[options.extras_require]\n{extras}{tests}")
+    made = script(tmp_path / "python-in-it", f'echo "$@" >>{calls}')
+    python = script(
+        tmp_path / "python",
+        f'if [ "$2" != venv ]; then exec {sys.executable} "$@"; fi\nmkdir -p "$3/bin"; cp {made} "$3/bin/python"',
+    )
+    for _ in range(2):
+        status, _, error = machine.run(folder / "tools" / "oldest", "tests/test_a.py", PYTHON=str(python))
+        assert (status == 0) == lowest
+    if not lowest:
+        assert f"{version} is the lowest that setup.cfg allows: make test-oldest PYTHON=/path/to/python" in error
+        return
+    install, *tested = calls.read_text().splitlines()
+    assert install.endswith(
+        " torch==2.7 numpy==1.26 log-needs==1 maps-needs==1 slurm-needs==1 sweep-needs==1 pytest==8"
+    )
+    assert tested == ["-m pytest -m not gpu and not slurm tests/test_a.py"] * 2
+
+
 def test_the_installed_ffcv() -> None:
     try:
         ffcv = importlib.metadata.distribution("ffcv")

@@ -75,6 +75,20 @@ def test_a_process_that_dies_ends_the_command(
     assert time.time() - died < 20, "and not when the other rank gives up, after minutes"
 
 
+def test_fewer_images_than_the_runs_batch_are_enough(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The file holds 40, and the run's batch is 256; the learning rate stays that of the run."""
+    peaks = []
+    run_on = verify.run_on
+    monkeypatch.setattr(verify, "run_on", lambda count, settings, peak: peaks.append(peak) or run_on(1, settings, peak))
+    arguments = [*settings(images, tmp_path / "run"), *SMALL, "optim.global_batch_size=256"]
+    assert verify.main(arguments) == 0
+    assert set(peaks) == {0.5}
+    assert verify.main([*arguments, "verify.images=64"]) == 2
+    assert "verify.images=64: data.train=" in capfd.readouterr().err
+
+
 def test_a_config_agrees_and_the_stamp_says_so(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert verify.main([*settings(images, tmp_path / "run"), *SMALL]) == 0
     record = json.loads((tmp_path / "run" / "parity.json").read_text())

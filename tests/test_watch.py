@@ -1,8 +1,11 @@
-"""Ranks that die, stand still or fall out of step are told apart, by name and within the limit."""
+"""Ranks that die, hang or fall out of step are told apart, by name and within the limit."""
 
 from typing import Any
 
-from simclr_ddp.watch import Judge
+import pytest
+import torch.distributed as dist
+
+from simclr_ddp.watch import Judge, Post
 
 
 def beats(**changes: dict[str, Any]) -> Any:
@@ -86,3 +89,134 @@ def test_a_machine_that_slept_accuses_nobody() -> None:
 def test_a_rank_that_has_left_is_not_missed() -> None:
     left = {"beat": lambda s: s if s < 10 else -1}
     assert verdicts(beats(r1=left), 40) == {}
+
+
+def test_ranks_that_are_all_at_the_same_place_accuse_none_of_them() -> None:
+    stuck = {
+        "count": lambda s: min(4 * s, 80),
+        "step": lambda s: min(s, 20),
+        "collective": lambda s: "all_reduce of [5]",
+    }
+    told = verdicts(beats(r0=stuck, r1=stuck, r2=stuck), 40)
+    assert told[31] == (
+        "nothing has moved for 11 s: all ranks are at step 20, forward, last collective all_reduce of [5]; they wait "
+        "in that collective, or for their devices; timeout=... gives a step more time"
+    )
+    stuck |= {"what": lambda s: "its data"}
+    assert "; they wait for their data; " in verdicts(beats(r0=stuck, r1=stuck, r2=stuck), 40)[31]
+
+
+def test_a_rank_that_has_left_is_what_the_others_wait_for() -> None:
+    stuck = {"count": lambda s: min(4 * s, 80), "step": lambda s: min(s, 20)}
+    left = stuck | {"beat": lambda s: s if s < 10 else -1}
+    told = verdicts(beats(r0=stuck, r1=left, r2=stuck), 40)
+    assert told[31] == "nothing has moved for 11 s: rank 1 has left, at step 20, forward; rank 0 is at step 20, forward"
+
+
+class Counted:
+    """A store that counts the keys that are asked for."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store, self.keys = store, 0
+
+    def set(self, key: str, value: str) -> None:
+        self.keys += 1
+        self._store.set(key, value)
+
+    def check(self, keys: list[str]) -> bool:
+        self.keys += len(keys)
+        return self._store.check(keys)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self.keys += len(keys)
+        return self._store.multi_get(keys)
+
+
+class Posts:
+    """That many ranks' parts in the watch, on one real store; a second of theirs takes none of ours."""
+
+    def __init__(self, count: int, limit: float = 10) -> None:
+        self.server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        clients = [dist.TCPStore("127.0.0.1", self.server.port, is_master=False) for _ in range(min(count, 8))]
+        self.stores = [Counted(dist.PrefixStore("watch", clients[rank % len(clients)])) for rank in range(count)]
+        self.posts = [Post(self.stores[rank], rank, count, limit, 3) for rank in range(count)]
+        self.ended: dict[int, str] = {}
+
+    def seconds(
+        self, seconds: range, silent: int | None = None, left: tuple[int, ...] = (), moves: bool = True
+    ) -> None:
+        """One turn a second of each rank that is neither silent, nor has left before, nor has ended."""
+        for second in seconds:
+            for rank, post in enumerate(self.posts):
+                if rank == silent or rank in self.ended or (rank in left and second > seconds[0]):
+                    continue
+                beat = -1 if rank in left else second
+                place = {"step": second if moves else 7, "count": second if moves else 7, "what": "forward"}
+                told = post.turn(place | {"beat": beat, "collective": "none", "patient": False}, float(second))
+                if told:
+                    self.ended[rank] = told
+
+
+def test_a_rank_of_256_is_silent() -> None:
+    """Rank 0 finds it, the others read it of rank 0; what the store is asked grows as the number of ranks."""
+    world = Posts(256)
+    world.seconds(range(1, 5))
+    before = [store.keys for store in world.stores]
+    world.seconds(range(5, 10))
+    asked = [(store.keys - then) / 5 for store, then in zip(world.stores, before, strict=True)]
+    assert asked[0] == 256 and set(asked[1:]) == {2}, "a second"
+    world.seconds(range(10, 30), silent=200)
+    assert world.ended.keys() == set(range(256)) - {200}
+    assert set(world.ended.values()) == {"rank 200 has been silent for 11 s; last seen at step 9, forward"}
+
+
+def test_rank_0_of_256_is_silent() -> None:
+    world = Posts(256)
+    world.seconds(range(1, 5))
+    world.seconds(range(5, 20), silent=0)
+    assert world.ended.keys() == set(range(1, 256))
+    assert set(world.ended.values()) == {"rank 0 has been silent for 11 s; last seen at step 4, forward"}
+
+
+@pytest.mark.parametrize("late", [0, 9])
+def test_a_rank_that_never_began_holds_up_none_that_did(late: int) -> None:
+    world = Posts(16)
+    world.seconds(range(1, 20), silent=late)
+    assert len(world.ended) == 15 and set(world.ended.values()) == {
+        f"rank {late} has been silent for 11 s; it never began"
+    }
+
+
+def test_256_ranks_that_go_nowhere() -> None:
+    world = Posts(256)
+    world.seconds(range(1, 20), moves=False)
+    assert len(world.ended) == 256
+    assert set(world.ended.values()) == {
+        "nothing has moved for 11 s: all ranks are at step 7, forward; they wait for their devices; timeout=... gives "
+        "a step more time"
+    }
+
+
+def test_when_rank_0_has_left_the_next_one_judges() -> None:
+    world = Posts(16)
+    world.seconds(range(1, 4))
+    world.seconds(range(4, 8), left=(0, 1))
+    assert world.ended == {} and [post.judges for post in world.posts[2:]] == [True] + [False] * 13
+    before = [store.keys for store in world.stores]
+    world.ended = {0: "left", 1: "left"}
+    world.seconds(range(8, 30), silent=5)
+    named = {told for rank, told in world.ended.items() if rank > 1}
+    assert world.ended.keys() == set(range(16)) - {5}
+    assert named == {"rank 5 has been silent for 11 s; last seen at step 7, forward"}
+    assert world.stores[3].keys - before[3] < 3 * 12
+
+
+def test_what_is_suspected_reaches_all_ranks_before_the_verdict() -> None:
+    """A collective that breaks when a rank dies is reported with its name within a few heartbeats."""
+    world = Posts(8)
+    world.seconds(range(1, 5))
+    world.seconds(range(5, 10), silent=6)
+    assert world.ended == {}
+    assert {post.suspect(9.0) for rank, post in enumerate(world.posts) if rank != 6} == {
+        "rank 6 has been silent for 4 s; last seen at step 4, forward"
+    }
