@@ -120,10 +120,10 @@ def default_ranks(settings: Pretrain) -> list[int]:
 
 def in_processes(ranks: int, arguments: list[str]) -> dict[str, Any]:
     """The measurement in a group of that many processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     with TemporaryDirectory() as folder:
         raw = Path(folder) / "results.json"
-        command = [*launcher, "benchmarks.step", *arguments, f"--raw={raw}"]
+        command = [*launcher, f"--nproc_per_node={ranks}", "-m", "benchmarks.step", *arguments, f"--raw={raw}"]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         lines = done.stderr.splitlines()
         for line in lines:

@@ -86,7 +86,8 @@ def gpu_tests() -> dict[str, Any]:
 def training(ranks: int, *overrides: str) -> dict[str, Any]:
     """A short run of the default config: throughput after the first lines, memory, and loss at both ends."""
     with tempfile.TemporaryDirectory() as folder:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        launcher += [f"--nproc_per_node={ranks}", "-m"]
         passed, output = run([*launcher, "simclr_ddp.pretrain", f"run_dir={folder}/run", *overrides])
         lines = read_metrics(Path(folder) / "run" / "metrics.jsonl")
     if not passed or not lines:
