@@ -16,6 +16,9 @@ a backward pass (median, least, most) and peak memory beside the inputs. Variant
 Triton stays where it beats all but tf32x3: the ratio is printed. Results go to FILE.json after each measurement, by
 default benchmarks/results/log_sums_<GPU>.json. Exit status 1 if a variant fails or is wrong.
 
+    --variants=tiled,triton   only those whose names begin so
+    --seconds=1               the longest that repeating one may take, 5 by default, unless three repeats take longer
+
     --sweep=128   instead: seconds of other blocks of the Triton kernels for embeddings of that width, best first, to
                   correct SHAPES in simclr_ddp/triton_log_sums.py by
     --device=cpu  a trial; the Triton kernels take part under TRITON_INTERPRET=1 only
@@ -43,10 +46,10 @@ from simclr_ddp.products import full_precision
 from simclr_ddp.runtime import Runtime, describe
 
 FLAGS = {"--out": "", "--sizes": "512,2048,4096,8192,16384,65536", "--widths": "128,256", "--sweep": ""}
-FLAGS |= {"--device": "cuda", "--tiles": "512,4096"}
+FLAGS |= {"--device": "cuda", "--tiles": "512,4096", "--variants": "tiled,compiled,triton", "--seconds": "5"}
 KERNELS = ("cosine", "laplacian")
 TEMPERATURE = 0.1
-REPEATS, SECONDS = 10, 5.0  # of each variant at least, unless three take longer
+REPEATS = 10  # of each variant, or as many as come in --seconds, three at least
 ALLOWED = {"sums": 1e-4, "gradient": 1e-3}
 
 Pass = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # z [2, N, D], upstream [2N] -> log-sums, gradient [2, N, D]
@@ -82,9 +85,9 @@ def main() -> int:
     if flags["--sweep"]:
         sweep(int(flags["--sweep"]), min(max(sizes), 8192), device, note)
         return 0
-    tiles = [int(word) for word in flags["--tiles"].split(",")]
+    tiles, seconds = [int(word) for word in flags["--tiles"].split(",")], float(flags["--seconds"])
     for images, width, kernel in product(sizes, widths, KERNELS):
-        compare(images, width, kernel, tiles, device, note)
+        compare(images, width, kernel, tiles, tuple(flags["--variants"].split(",")), seconds, device, note)
     print(f"wrote {out}")
     return 0 if all(entry["passed"] for entry in entries) else 1
 
@@ -108,7 +111,7 @@ def inputs(images: int, width: int, device: torch.device) -> tuple[Tensor, Tenso
 def variants(kernel: tile_kernels.TileKernel, images: int, tiles: list[int], device: torch.device) -> dict[str, Pass]:
     found: dict[str, Pass] = {}
     for tile in tiles:
-        if images <= 16384 or tile > 512:  # else the launches alone take seconds
+        if images <= 16 * tile or (images <= 16384 and tile >= 512):  # else the launches alone take seconds
             found[f"tiled {tile}"] = partial(plain, kernel=kernel, tile=tile)
     tile = min(max(tiles), images)
     for mode, of in ((None, ""), ("max-autotune-no-cudagraphs", ", autotune")):
@@ -126,13 +129,23 @@ def variants(kernel: tile_kernels.TileKernel, images: int, tiles: list[int], dev
 
 
 def compare(
-    images: int, width: int, kernel: str, tiles: list[int], device: torch.device, note: Callable[[dict[str, Any]], None]
+    images: int,
+    width: int,
+    kernel: str,
+    tiles: list[int],
+    beginnings: tuple[str, ...],
+    seconds: float,
+    device: torch.device,
+    note: Callable[[dict[str, Any]], None],
 ) -> None:
+    """Measure all variants whose names begin so, for `seconds` each."""
     z, upstream = inputs(images, width, device)
     of = tile_kernel(Objective(kernel, TEMPERATURE))
     exact = plain(z.double(), upstream.double(), kernel=of, tile=4096)
     medians: dict[str, float] = {}
     for name, run in variants(of, images, tiles, device).items():
+        if not name.startswith(beginnings):
+            continue
         entry: dict[str, Any] = {"kernel": kernel, "images": images, "width": width, "variant": name}
         try:
             found = dict(zip(ALLOWED, run(z, upstream), strict=True))
@@ -141,7 +154,7 @@ def compare(
                 for what, expected in zip(ALLOWED, exact, strict=True)
             }
             passed = all(errors[what] <= allowed for what, allowed in ALLOWED.items())  # not for NaN either
-            entry |= {"passed": passed, "errors": errors} | measured(partial(run, z, upstream), device)
+            entry |= {"passed": passed, "errors": errors} | measured(partial(run, z, upstream), device, seconds)
             medians[name] = entry["seconds"]["median"]
         except Exception as error:  # out of memory or of shared memory, or a compiler that fails: the others go on
             entry |= {"passed": False, "failure": f"{type(error).__name__}: {str(error)[:500]}"}
@@ -162,7 +175,7 @@ def line(entry: dict[str, Any]) -> str:
     return f"{what}{1e3 * entry['seconds']['median']:10.3f} ms {memory}  errors {errors}{verdict}"
 
 
-def measured(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+def measured(run: Callable[[], Any], device: torch.device, limit: float = 5.0) -> dict[str, Any]:
     """Seconds of one call, and memory at its peak beside what was there before; after a call that compiled."""
     before = 0
     if device.type == "cuda":
@@ -172,7 +185,7 @@ def measured(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     run()
     memory = peak_memory_bytes(device) - before
     seconds: list[float] = []
-    while len(seconds) < REPEATS and (len(seconds) < 3 or sum(seconds) < SECONDS):
+    while len(seconds) < REPEATS and (len(seconds) < 3 or sum(seconds) < limit):
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
