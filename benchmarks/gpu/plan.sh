@@ -159,7 +159,7 @@ call_b() {
   # It is stopped by TERM: the run saves and ends with status 75, and the same command resumes it. Evaluating what there
   # is has to fit into the reserve.
   # shellcheck disable=SC2046,SC2086 # many words each
-  step "training" $(($(left) - reserve)) TERM "$PYTHON" -m simclr_ddp.pretrain configs/pretrain/cifar10_gpu.yaml \
+  step "training" $((($(left) - reserve) / FACTOR)) TERM "$PYTHON" -m simclr_ddp.pretrain configs/pretrain/cifar10_gpu.yaml \
     $(train_on) run_dir="$run" ${EPOCHS:+optim.epochs=$EPOCHS} $tiny ${steps[@]+"${steps[@]}"}
   if [ -e "$run/encoder.safetensors" ]; then
     evaluate "$run" loader=device
@@ -199,7 +199,7 @@ case $CALL in
     exit
     ;;
 esac
-"$PYTHON" -m benchmarks.gpu.suite compare "$OUT" 2>&1 | tee "$OUT/$CALL.txt" | tee -a "$LOG"
+timeout -k 5 $((30 * FACTOR)) "$PYTHON" -m benchmarks.gpu.suite compare "$OUT" 2>&1 | tee "$OUT/$CALL.txt" | tee -a "$LOG"
 [ "$DEVICE" != cpu ] || say "a rehearsal at tiny size: its figures say nothing of a GPU"
 say "$(printf '%s\n' "call $CALL on $DEVICE, $SECONDS s of $SECONDS_LEFT:" "${verdicts[@]}")"
 for verdict in "${verdicts[@]}"; do
