@@ -295,8 +295,9 @@ def _best_of(call: Callable[[], object], times: int = 5) -> float:
 
 def in_processes(ranks: int, sizes: list[int], widths: list[int], repeats: int, names: list[str]) -> list[Any]:
     """The rows of a group of that many processes of one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += ["-m", "benchmarks.loss", "--repeats", str(repeats), "--only", ",".join(names)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += [f"--nproc_per_node={ranks}", "-m", "benchmarks.loss"]
+    command += ["--repeats", str(repeats), "--only", ",".join(names)]
     with TemporaryDirectory() as folder:
         raw = Path(folder) / "rows.json"
         command += ["--images", ",".join(map(str, sizes)), "--widths", ",".join(map(str, widths)), "--raw", str(raw)]

@@ -7,7 +7,8 @@ measures on 1, 2, 4, ... ranks, a group of processes after the other; under torc
     torchrun --nproc_per_node=8 -m benchmarks.step configs/pretrain/imagenet_resnet50.yaml
 
 First it checks that its step computes bitwise what simclr_ddp.pretrain computes, and that the other tools' losses are
-ours. Then all variants take turns, a few steps each, in rounds of changing order:
+ours. A difference from pretrain, or an operation that is not deterministic, is printed and recorded; the figures follow
+all the same, and the exit status is 1. Then all variants take turns, a few steps each, in rounds of changing order:
 
     model only   forward, trivial loss, backward and update on views that are on the device: the ceiling
     synthetic    the training step on a batch that is on the device
@@ -17,12 +18,14 @@ ours. Then all variants take turns, a few steps each, in rounds of changing orde
     lightly      the same with lightly's transform, loss and LARS, if it is there: `make peers`
 
 A further pass with a clock between the parts of a step tells where its time goes; there gradients are reduced after
-the backward pass, not during it. Validation, checkpoints and what else is not of every step is left out. The table
-goes to the screen, FOLDER/<config>-<device>.json and .png hold the rest.
+the backward pass, not during it. The operations of the model are counted, and on a GPU the launches of a step and the
+host's waits, by torch.profiler. Validation, checkpoints and what else is not of every step is left out. The table
+goes to the screen, FOLDER/<config>-<device>.json and .png hold the rest; the former is written after every round.
 
 flags: --ranks 1,2     numbers of ranks to measure on; powers of two up to the GPUs or cores by default
        --rounds 10     rounds
        --steps 10      measured steps of each variant in a round
+       --peers no      leave the other tools out
        --out FOLDER    benchmarks/results/step by default
 """
 
@@ -41,7 +44,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import peers, step_report
+from benchmarks import peers, step_report, step_work
 from benchmarks.loops import PARTS, Ceiling, Clock, Training, check_training, synchronize
 from benchmarks.stand_in import stand_in
 from benchmarks.step_report import counted
@@ -55,6 +58,8 @@ from simclr_ddp.runtime import Runtime, describe, setup
 from simclr_ddp.state import State
 
 FLAGS = {"--ranks": "", "--rounds": "10", "--steps": "10", "--out": "benchmarks/results/step", "--raw": ""}
+FLAGS |= {"--peers": "yes"}
+Results = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,13 +82,27 @@ def take_flags(arguments: list[str], known: dict[str, str]) -> tuple[dict[str, s
     return flags, rest
 
 
-def benchmark(settings: Pretrain, flags: dict[str, str], arguments: list[str]) -> None:
+def benchmark(settings: Pretrain, flags: dict[str, str], arguments: list[str]) -> int:
+    """Measure, print and write; returns the exit status."""
     rounds, steps = (_positive(name, flags[name])[0] for name in ("--rounds", "--steps"))
-    if "RANK" in os.environ:  # one of torchrun's processes
-        results = measure(settings, rounds, steps)
+    if flags["--peers"] not in ("yes", "no"):
+        raise ValueError(f"--peers {flags['--peers']}: it must be yes or no")
+    others = flags["--peers"] == "yes"
+    command = " ".join(["python -m benchmarks.step", *(sys.argv[1:])])
+    head = {"command": command, "date": time.strftime("%Y-%m-%d %H:%M"), "settings": plain(settings)}
+    runs: list[Results] = []
+
+    def keep(run: Results) -> None:
+        """Write what there is after a round: the next may never end."""
         if flags["--raw"] and cli.main_rank():
-            Path(flags["--raw"]).write_text(json.dumps(results))
-        runs = [] if flags["--raw"] or not cli.main_rank() else [results]
+            Path(flags["--raw"]).write_text(json.dumps(run))
+        elif cli.main_rank():
+            step_report.save(head | {"runs": [*runs, run]}, Path(flags["--out"]))
+
+    if "RANK" in os.environ:  # one of torchrun's processes
+        runs.append(measure(settings, rounds, steps, others, keep))
+        if flags["--raw"] or not cli.main_rank():
+            return 0 if flags["--raw"] else status(runs)
     else:
         ranks = _positive("--ranks", flags["--ranks"]) if flags["--ranks"] else default_ranks(settings)
         for count in ranks:
@@ -93,15 +112,25 @@ def benchmark(settings: Pretrain, flags: dict[str, str], arguments: list[str]) -
                     "--ranks takes its divisors"
                 )
         if ranks == [1]:
-            runs = [measure(settings, rounds, steps)]
+            runs.append(measure(settings, rounds, steps, others, keep))
         else:
-            runs = [in_processes(count, [*arguments, f"--rounds={rounds}", f"--steps={steps}"]) for count in ranks]
-    if not runs:
-        return
-    command = " ".join(["python -m benchmarks.step", *(sys.argv[1:])])
-    results = {"command": command, "date": time.strftime("%Y-%m-%d %H:%M"), "settings": plain(settings), "runs": runs}
+            more = [f"--rounds={rounds}", f"--steps={steps}", f"--peers={flags['--peers']}"]
+            for count in ranks:
+                run = in_processes(count, [*arguments, *more])
+                keep(run)
+                runs.append(run)
+    results = head | {"runs": runs}
     print(step_report.table(results))
     step_report.write(results, Path(flags["--out"]))
+    return status(runs)
+
+
+def status(runs: list[Results]) -> int:
+    """1, with a warning, where the step that was measured is not pretrain's bit for bit."""
+    for run in runs:
+        if not run["same_as_pretrain"]:
+            cli.warn(run["checks"][0])
+    return 0 if all(run["same_as_pretrain"] for run in runs) else 1
 
 
 def _positive(name: str, text: str) -> list[int]:
@@ -120,10 +149,10 @@ def default_ranks(settings: Pretrain) -> list[int]:
 
 def in_processes(ranks: int, arguments: list[str]) -> dict[str, Any]:
     """The measurement in a group of that many processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     with TemporaryDirectory() as folder:
         raw = Path(folder) / "results.json"
-        command = [*launcher, "benchmarks.step", *arguments, f"--raw={raw}"]
+        command = [*launcher, f"--nproc_per_node={ranks}", "-m", "benchmarks.step", *arguments, f"--raw={raw}"]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         lines = done.stderr.splitlines()
         for line in lines:
@@ -149,25 +178,39 @@ class Variant:
     open: Callable[[], Generator[Any, None, None]]
 
 
-def measure(settings: Pretrain, rounds: int, steps: int) -> dict[str, Any]:
-    """All figures of this number of ranks; equal on all of them."""
+def measure(
+    settings: Pretrain, rounds: int, steps: int, others: bool, keep: Callable[[Results], None] = lambda run: None
+) -> Results:
+    """All figures of this number of ranks; equal on all of them.
+
+    others  whether other tools are measured beside ours
+    keep    receives the figures so far after every round
+    """
     runtime = setup(settings.device, settings.precision, settings.threads)
     try:
         workers = usable_workers(settings.data.workers, distributed.local_world_size())
         settings = replace(settings, data=replace(settings.data, workers=workers))
         if settings.data.train == "spirograph" or Path(settings.data.train).exists():
-            return _measure(settings, runtime, open_dataset(settings.data.train, "train"), True, rounds, steps)
+            dataset = open_dataset(settings.data.train, "train")
+            return _measure(settings, runtime, dataset, True, rounds, steps, others, keep)
         cli.say(f"data.train={settings.data.train} is not there: figures without data only")
         with TemporaryDirectory() as folder:
             dataset = stand_in(Path(folder), 20 * settings.optim.global_batch_size)
-            return _measure(settings, runtime, dataset, False, rounds, steps)
+            return _measure(settings, runtime, dataset, False, rounds, steps, others, keep)
     finally:
         distributed.stop()
 
 
 def _measure(
-    settings: Pretrain, runtime: Runtime, dataset: Dataset, with_data: bool, rounds: int, steps: int
-) -> dict[str, Any]:
+    settings: Pretrain,
+    runtime: Runtime,
+    dataset: Dataset,
+    with_data: bool,
+    rounds: int,
+    steps: int,
+    with_others: bool,
+    keep: Callable[[Results], None],
+) -> Results:
     workers = settings.data.workers
     warm = max(3, 2 * workers)  # steps before the measured ones of a round: a loader's queue is full after them
     ahead = warm + steps + 4 * workers + 2  # more than are taken, so that the loader has work until a round ends
@@ -178,7 +221,8 @@ def _measure(
             training.step(batches)
     memory = of_each_rank(peak_memory_bytes(runtime.device), runtime)  # before anything else is built
 
-    checks = [check_training(settings, runtime, dataset)]
+    same, sentence = check_training(settings, runtime, dataset)
+    checks = [sentence]
     ceiling = Ceiling(settings, runtime, dataset)
     synthetic = Variant("synthetic", training.step, lambda: endless(here))
     data = Variant("data", training.step, lambda: training.batches(ahead))
@@ -188,7 +232,9 @@ def _measure(
         *([data] if with_data else []),
     ]
     notes = [training.loader] if training.loader and with_data else []
-    if settings.loss.kernel != "cosine":
+    if not with_others:
+        notes.append("no other tools beside it: --peers=no")
+    elif settings.loss.kernel != "cosine":
         notes.append(f"no other tools beside it: they have no loss.kernel={settings.loss.kernel}")
     elif with_data:
         others = other_tools(settings, runtime, dataset, training.plan.peak_learning_rate, checks, notes)
@@ -196,30 +242,45 @@ def _measure(
     for line in [*checks, *notes]:
         cli.say(line)
 
+    work = work_of_a_step(training, here, runtime)
     seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    parts = []
+    parts: list[dict[str, float]] = []
+    run = {
+        "ranks": distributed.world_size(),
+        "global_batch_size": settings.optim.global_batch_size,
+        "data": dataset.fingerprint if with_data else None,
+        "workers_per_rank": workers,
+        "rounds": 0,
+        "steps_per_round": steps,
+        "environment": describe(runtime),
+        "lightly": peers.lightly_version(),
+        "same_as_pretrain": same,
+        "checks": checks,
+        "notes": notes,
+        "work": work,
+        "seconds_per_step": seconds,
+        "parts_seconds": parts,
+        "peak_memory_bytes": memory,
+    }
     begin = time.perf_counter()
     for number in range(1, rounds + 1):
         for variant in in_turns(variants, number):
             seconds[variant.name].append(timed(variant, warm, steps, runtime))
         parts.append(parts_of_a_step(training, data if with_data else synthetic, warm, steps))
+        run["rounds"] = number
+        keep(run)
         left = (time.perf_counter() - begin) / number * (rounds - number)
         cli.say(f"{counted(distributed.world_size(), 'rank')}: round {number} of {rounds}, {left:.0f} s left")
+    return run
 
+
+def work_of_a_step(training: Training, batch: Any, runtime: Runtime) -> dict[str, Any]:
+    """This rank's operations of the model, launches and waits in one step, and the GPU's peak rate, where known."""
+    batches = endless(batch)
     return {
-        "ranks": distributed.world_size(),
-        "global_batch_size": settings.optim.global_batch_size,
-        "data": dataset.fingerprint if with_data else None,
-        "workers_per_rank": workers,
-        "rounds": rounds,
-        "steps_per_round": steps,
-        "environment": describe(runtime),
-        "lightly": peers.lightly_version(),
-        "checks": checks,
-        "notes": notes,
-        "seconds_per_step": seconds,
-        "parts_seconds": parts,
-        "peak_memory_bytes": memory,
+        "model_operations": step_work.operations(training.settings, runtime, training.dataset),
+        "launches": step_work.launches(lambda: training.step(batches), 10, runtime.device),
+        "peak_rate": step_work.peak_rate(describe(runtime)["gpu"], runtime.precision),
     }
 
 

@@ -45,7 +45,16 @@ def summary(run: dict[str, Any]) -> dict[str, Any]:
             "share_of_model_only": spread(shares(run, name)),
         }
     parts = median_parts(run)
-    return {"variants": variants, "parts_seconds": parts, "parts_sum_seconds": sum(parts.values())}
+    found = {"variants": variants, "parts_seconds": parts, "parts_sum_seconds": sum(parts.values())}
+    return found | {"share_of_peak_rate": share_of_peak(run)}
+
+
+def share_of_peak(run: dict[str, Any]) -> float | None:
+    """The model's operations a second in the whole step (with data, where it was measured) as a share of the peak."""
+    work, seconds = run["work"], run["seconds_per_step"]
+    if work["peak_rate"] is None:
+        return None
+    return work["model_operations"] / median(seconds.get("data", seconds["synthetic"])) / work["peak_rate"]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -84,8 +93,19 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"    the sum is {total / whole:.3f} of the uninstrumented step above")
         memory = ", ".join(f"{b / 2**20:.0f}" for b in run["peak_memory_bytes"])
         lines.append(f"  peak memory a rank: {memory} MiB ({_memory_of(run)}, with our training alone in it)")
+        lines.append(f"  {_work_of(run)}")
         lines += [f"  {line}" for line in [*run["checks"], *run["notes"]]]
     return "\n".join([*lines, ""])
+
+
+def _work_of(run: dict[str, Any]) -> str:
+    work, share = run["work"], share_of_peak(run)
+    text = f"work a rank: {work['model_operations'] / 1e9:.1f} GFLOP in convolutions and products of the model"
+    if share is not None:
+        text += f", {share:.1%} of the {work['peak_rate'] / 1e12:.0f} TFLOP/s that the GPU's maker gives"
+    if work["launches"]:
+        text += "; " + ", ".join(f"{number:.0f} {kind}" for kind, number in work["launches"].items())
+    return text
 
 
 def _memory_of(run: dict[str, Any]) -> str:
@@ -94,14 +114,20 @@ def _memory_of(run: dict[str, Any]) -> str:
 
 def write(results: dict[str, Any], folder: Path) -> None:
     """FOLDER/<config name>-<device>.json and .png"""
+    path = save(results, folder)
+    draw(results, path.with_suffix(".png"))
+    print(f"wrote {path} and {path.with_suffix('.png').name}")
+
+
+def save(results: dict[str, Any], folder: Path) -> Path:
+    """The JSON file alone."""
     environment = results["runs"][0]["environment"]
     device = re.sub(r"\W+", "_", environment["gpu"] or "cpu").strip("_").lower()
     path = folder / f"{results['settings']['name']}-{device}.json"
     folder.mkdir(parents=True, exist_ok=True)
     whole = results | {"runs": [run | {"summary": summary(run)} for run in results["runs"]]}
     path.write_text(json.dumps(whole, indent=1) + "\n")
-    draw(results, path.with_suffix(".png"))
-    print(f"wrote {path} and {path.with_suffix('.png').name}")
+    return path
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

@@ -16,7 +16,7 @@ RUN_DIR = Path("runs/demo")
 
 def main() -> int:
     ranks = max(r for r in range(1, 1 + (torch.cuda.device_count() or 2)) if 256 % r == 0)  # the default batch
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    torchrun = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc_per_node={ranks}", "-m"]
     for command in (
         [*torchrun, "simclr_ddp.pretrain", f"run_dir={RUN_DIR}"],
         ["simclr_ddp.linear_eval", str(RUN_DIR)],

@@ -413,7 +413,8 @@ def _run_here(settings: Slurm, plan: Plan) -> int:
     plan.folder.mkdir(parents=True, exist_ok=True)
     _write_copies(plan)
     arguments = snapshot.with_copies(plan.command, plan.config)
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else []
+    torchrun = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc_per_node={ranks}", "-m"]
+    launcher = torchrun if ranks > 1 else []
     environment = os.environ | variables(settings, plan)
     process = subprocess.Popen([sys.executable, "-m", *launcher, *arguments], env=environment)
     numbers = (signal.SIGTERM, signal.SIGUSR1)

@@ -115,7 +115,10 @@ def machine(settings: Pretrain, ranks: int) -> Iterator[Finding]:
     port = os.environ.get("MASTER_PORT", "29500")
     alone = distributed.world_size() == 1  # else the ranks have met already, perhaps there
     if ranks > 1 and alone and "TORCHELASTIC_RUN_ID" not in os.environ and not _free(int(port)):
-        yield Finding("warning", f"port {port} is in use: torchrun --standalone, or --master-port=... takes another")
+        yield Finding(
+            "warning",
+            f"port {port} is in use: torchrun --standalone --local-addr=127.0.0.1, or --master-port=... takes another",
+        )
 
 
 def shared_memory(settings: Pretrain, ranks: int, workers: int, gpus: int) -> Iterator[Finding]:

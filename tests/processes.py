@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 def command(module: str, *arguments: str, ranks: int = 1) -> list[str]:
     launcher = [sys.executable, "-m"]
     if ranks > 1:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+        launcher += ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        launcher += [f"--nproc_per_node={ranks}", "-m"]
     return [*launcher, module, *arguments]
 
 

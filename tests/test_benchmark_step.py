@@ -1,10 +1,11 @@
-"""`python -m benchmarks.step` end to end on small settings, and that it refuses to measure another training."""
+"""`python -m benchmarks.step` end to end on small settings, and that it says when it measures another training."""
 
 import json
 import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks import loops, peers, step, step_report
+from benchmarks import loops, peers, step, step_report, step_work
 from benchmarks.loops import PARTS
 from simclr_ddp import config, distributed, pretrain
 from simclr_ddp.config import Pretrain
 from simclr_ddp.data import open_dataset
 from simclr_ddp.info_nce import KernelInfoNCE
+from simclr_ddp.optim import set_learning_rate
 from simclr_ddp.run import make_plan
 from simclr_ddp.runtime import Runtime
 from simclr_ddp.state import State
@@ -28,7 +30,7 @@ TINY = (
     "threads=1",
     "precision=fp32",
     "optim.global_batch_size=8",
-    "model.width=0.0625",
+    "model.width=0.125",
     "data.workers=0",
     "data.loader=torch",
 )
@@ -68,8 +70,9 @@ def test_the_json_holds_everything(spirograph: dict[str, Any]) -> None:
     assert one["ranks"] == 1 and one["rounds"] == 2 and one["global_batch_size"] == 8
     assert len(one["peak_memory_bytes"]) == 1 and one["peak_memory_bytes"][0] > 50e6
     assert one["environment"].keys() >= {"git_commit", "packages", "processor", "cores", "gpu", "threads"}
-    assert "bitwise" in one["checks"][0] and len(one["checks"]) == len(variants) - 2
-    assert one["data"] == "spirograph-train-10000" and spirograph["settings"]["model"]["width"] == 0.0625
+    assert one["same_as_pretrain"] and "bitwise" in one["checks"][0] and len(one["checks"]) == len(variants) - 2
+    assert one["work"]["launches"] == {} and one["work"]["peak_rate"] is None, "there is no GPU"
+    assert one["data"] == "spirograph-train-10000" and spirograph["settings"]["model"]["width"] == 0.125
     for figures in one["summary"]["variants"].values():
         low, middle, high = figures["images_per_second"]
         assert low <= middle <= high and figures["views_per_second"][1] == pytest.approx(2 * middle)
@@ -112,13 +115,71 @@ def test_images_and_a_kernel_that_the_other_tools_lack(images: Path, tmp_path: P
     assert any("loss.kernel=laplacian" in note for note in one["notes"])
 
 
-def test_another_training_is_not_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_another_training_is_measured_with_a_warning_and_status_1(
+    deterministic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loops, "set_learning_rate", lambda optimizer, rate: None)
-    status, results = run(out=tmp_path)
-    assert status == 2 and not results
-    assert "differs from simclr_ddp.pretrain's" in capsys.readouterr().err
+    rates = iter(range(1, 10**6))
+    monkeypatch.setattr(
+        loops,
+        "set_learning_rate",
+        lambda optimizer, rate: set_learning_rate(optimizer, 1 if deterministic else next(rates)),
+    )
+    status, results = run("--peers=no", out=tmp_path)
+    error = capsys.readouterr().err
+    assert status == 1 and "differs from simclr_ddp.pretrain's" in error
+    assert ("not deterministic" in error) != deterministic and ("another training" in error) == deterministic
+    (one,) = results["runs"]
+    assert not one["same_as_pretrain"] and one["checks"][0] in error
+    assert one["seconds_per_step"].keys() == {"model only", "synthetic", "data"}
+    assert all(len(rounds) == 2 for rounds in one["seconds_per_step"].values())
+
+
+def test_the_rounds_so_far_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds, measured = iter([1, 2]), step.parts_of_a_step
+
+    def break_off(*arguments: Any) -> dict[str, float]:
+        if next(rounds) == 2:
+            raise RuntimeError("the machine has gone")
+        return measured(*arguments)
+
+    monkeypatch.setattr(step, "parts_of_a_step", break_off)
+    with pytest.raises(RuntimeError, match="has gone"):
+        run("--peers=no", out=tmp_path)
+    (written,) = tmp_path.glob("*.json")
+    (one,) = json.loads(written.read_text())["runs"]
+    assert one["rounds"] == 1 and len(one["seconds_per_step"]["data"]) == 1 and one["summary"]["variants"]["data"]
+
+
+def test_the_work_of_a_step() -> None:
+    settings = tiny(**{"model.stem": "cifar", "head.kind": "none", "data.train": "spirograph"})
+    dataset = open_dataset("spirograph", "train")
+    one = step_work.operations(settings, CPU, dataset)
+    convolutions = [m for m in State(settings, CPU, dataset).model.modules() if isinstance(m, nn.Conv2d)]
+    side = {1: 32, 2: 16}  # of the first two, which see the whole picture
+    forward = 2 * 16 * side[1] ** 2 * convolutions[0].weight.numel()  # two views of eight images
+    assert one > 3 * forward and one % 2 == 0
+    twice = step_work.operations(
+        tiny(**{"model.stem": "cifar", "head.kind": "none", "optim.global_batch_size": "16"}), CPU, dataset
+    )
+    assert twice == 2 * one
+
+
+def test_launches_are_counted_by_the_calls_of_the_host() -> None:
+    names = (
+        ["cudaLaunchKernel"] * 6 + ["cuLaunchKernel"] * 2 + ["cudaMemcpyAsync", "cudaStreamSynchronize", "aten::add"]
+    )
+    found = step_work.count([SimpleNamespace(name=name) for name in names], 2)
+    assert found == {"kernels": 4, "graphs": 0, "copies": 0.5, "waits": 0.5}
+    assert step_work.peak_rate("NVIDIA H200", "bf16") == 989e12 and step_work.peak_rate("GeForce", "bf16") is None
+
+
+def test_a_known_gpu_gives_the_share_of_its_rate(spirograph: dict[str, Any]) -> None:
+    work = {"model_operations": 3 * 10**12, "launches": {"kernels": 450.0, "waits": 0.1}, "peak_rate": 1e15}
+    one = spirograph["runs"][0] | {"work": work, "seconds_per_step": {"model only": [0.01], "synthetic": [0.01]}}
+    assert step_report.share_of_peak(one) == pytest.approx(0.3)
+    text = step_report._work_of(one)
+    assert "30.0% of the 1000 TFLOP/s" in text and "450 kernels" in text
 
 
 @torch.no_grad()
@@ -142,10 +203,11 @@ def test_the_check_sees_a_single_bit(monkeypatch: pytest.MonkeyPatch) -> None:
             return status
 
         monkeypatch.setattr(loops, "train", train_and_nudge)
-        with pytest.raises(ValueError, match="differs from simclr_ddp"):
-            loops.check_training(settings, CPU, dataset)
+        same, sentence = loops.check_training(settings, CPU, dataset)
+        assert not same and "differs from simclr_ddp" in sentence
     monkeypatch.undo()
-    assert "bitwise" in loops.check_training(settings, CPU, dataset)
+    same, sentence = loops.check_training(settings, CPU, dataset)
+    assert same and "bitwise" in sentence
 
 
 def test_another_loss_is_not_compared() -> None:
@@ -184,7 +246,7 @@ def check_and_reduce() -> tuple[str, float, torch.Tensor, torch.Tensor]:
     """The check on these ranks; seconds of the reduction; weights after steps that reduce as DDP does, and apart."""
     settings = tiny()
     dataset = open_dataset("spirograph", "train")
-    sentence = loops.check_training(settings, CPU, dataset)
+    _, sentence = loops.check_training(settings, CPU, dataset)
     clock, weights = loops.Clock(CPU.device), []
     for marks in ([], [clock]):
         training = loops.Training(settings, CPU, dataset, make_plan(settings, dataset))
@@ -225,6 +287,7 @@ def test_lightly_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--rounds", "many"], "--rounds many: numbers of at least 1"),
         (["--steps"], "--steps : numbers of at least 1"),
         (["--round=1"], "unknown flag --round=1"),
+        (["--peers=some"], "--peers some: it must be yes or no"),
         (["data.train=."], "is a folder"),
     ],
 )

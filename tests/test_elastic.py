@@ -70,8 +70,8 @@ def test_nodes_come_and_go(images: Path, tmp_path: Path, monkeypatch: pytest.Mon
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=9"]
-    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]
-    command += ["--rdzv-conf=last_call_timeout=10", "-m", "simclr_ddp.pretrain"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    command += ["--rdzv-id=test", "--rdzv-conf=last_call_timeout=10", "-m", "simclr_ddp.pretrain"]
     run = tmp_path / "run"
     command += settings(images, run, *exact)
     # Else a launcher that joins later waits for an address that torch (2.14) tells only to those of the first round.

@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped where there is none. `python -m benchmarks.gpu.suite` runs them by name."""
+"""What only a GPU can show; skipped where there is none. `benchmarks/gpu/plan.sh` runs them by name."""
 
 import os
 import signal

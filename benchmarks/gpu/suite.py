@@ -1,137 +1,208 @@
-"""Everything that only a GPU can show, in one command: `python -m benchmarks.gpu.suite [OUT.json]`
+"""What benchmarks/gpu/plan.sh needs in Python: `python -m benchmarks.gpu.suite COMMAND ARGUMENTS`
 
-Stages: the tests marked gpu, a short training run on every GPU of this machine, a short benchmarks.gpu.log_sums, and
-benchmarks.step on all GPUs. The results, with hardware and versions, go to OUT.json, by default
-benchmarks/results/gpu_suite_<GPU>.json. Exit status 1 if a stage failed; the later stages run all the same.
+there OUT.json                       the GPU, the packages and the machine
+variants OUT.json CONFIG key=value   milliseconds of a training step as the config has it, and with one thing changed
+compare FOLDER                       the results in it beside benchmarks/gpu/predictions.json
+tiny TRAIN TEST                      two small .beton files in the form of CIFAR-10
 """
 
 import json
-import re
 import subprocess
 import sys
-import tempfile
+import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
-from xml.etree import ElementTree
 
+import numpy as np
 import torch
+from torch import nn
 
-from simclr_ddp.metrics import read_metrics
-from simclr_ddp.runtime import Runtime, describe
+from benchmarks.loops import Training, synchronize
+from benchmarks.step_report import share_of_peak
+from simclr_ddp import beton, cli, distributed
+from simclr_ddp.config import Pretrain
+from simclr_ddp.data import open_dataset
+from simclr_ddp.run import make_plan
+from simclr_ddp.runtime import Runtime, describe, setup
 
-LIMIT = 240  # seconds for each stage
+PREDICTIONS = Path(__file__).with_name("predictions.json")
 
 
-def main() -> int:
-    if "--help" in sys.argv or "-h" in sys.argv:
+def main(argv: list[str] | None = None) -> int:
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
+    if command == "variants" and arguments:
+        out, rest = Path(arguments[0]), arguments[1:]
+        return cli.run(lambda settings: variants(settings, out), Pretrain, "[CONFIG.yaml]", __doc__ or "", rest)
+    if command == "there" and len(arguments) == 1:
+        there(Path(arguments[0]))
+    elif command == "compare" and len(arguments) == 1:
+        print(compare(Path(arguments[0])))
+    elif command == "tiny" and len(arguments) == 2:
+        for path, count in zip(arguments, (64, 40), strict=True):
+            tiny(Path(path), count)
+    else:
         print((__doc__ or "").strip())
-        return 0
-    if not torch.cuda.is_available():
-        print("error: torch sees no GPU, and this suite needs one: the other tests are `make test`", file=sys.stderr)
-        return 2
-    runtime = Runtime(torch.device("cuda", 0), "bf16", torch.get_num_threads())
-    gpu = re.sub(r"\W+", "_", torch.cuda.get_device_name()).strip("_").lower()
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else f"benchmarks/results/gpu_suite_{gpu}.json")
-    results: dict[str, Any] = {"command": "python -m benchmarks.gpu.suite", "environment": describe(runtime)}
-    ranks = max(r for r in range(1, 1 + torch.cuda.device_count()) if 256 % r == 0)  # those divide the default batch
-    stages: dict[str, Callable[[], dict[str, Any]]] = {
-        "tests": gpu_tests,
-        "training": lambda: training(ranks, "optim.steps=300", "log.every_steps=20"),
-        "log-sums": lambda: log_sums("--sizes=512,4096", "--widths=128"),
-        "step": lambda: step(ranks, "--rounds=5", "optim.global_batch_size=4096", "model.width=1"),
-    }
-    for name, stage in stages.items():
-        print(f"stage {name} ...", flush=True)
-        begin = time.perf_counter()
-        results[name] = stage() | {"seconds": round(time.perf_counter() - begin, 1)}
-        print(json.dumps(results[name], indent=1), flush=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")  # after each stage: the machine may go at any time
-    print(f"wrote {out}")
-    return 0 if all(results[name]["passed"] for name in stages) else 1
+        return 0 if command in ("--help", "-h") else 2
+    return 0
 
 
-def run(command: list[str]) -> tuple[bool, str]:
-    """(ended well within the limit, the end of its output)"""
+def there(out: Path) -> None:
+    cuda = torch.cuda.is_available()
+    runtime = Runtime(torch.device("cuda", 0) if cuda else torch.device("cpu"), "auto", torch.get_num_threads())
+    found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "environment": describe(runtime)}
+    if cuda:
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"memory_bytes": properties.total_memory, "processors": properties.multi_processor_count}
+        found |= {"cudnn": torch.backends.cudnn.version(), "bf16": torch.cuda.is_bf16_supported()}
+    out.write_text(json.dumps(found, indent=1) + "\n")
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT)
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else str(error.stdout)
-        return False, f"{output[-3000:]}\nstopped after {LIMIT} s"
-    return done.returncode == 0, done.stdout[-3000:]
+        done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20)
+        found["nvidia-smi"] = done.stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        found["nvidia-smi"] = [str(error)]
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
 
 
-def gpu_tests() -> dict[str, Any]:
-    """The tests marked gpu: counts, and the names and messages of those that failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        passed, output = run(
-            [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        )
-        if not report.exists():
-            return {"passed": False, "output": output}
-        cases = list(ElementTree.parse(report).iter("testcase"))
-    failures = {}
-    for case in cases:
-        for kind in ("failure", "error"):
-            for failure in case.findall(kind):
-                failures[f"{case.get('classname')}.{case.get('name')}"] = str(failure.get("message"))[:500]
-    skipped = sum(1 for case in cases if case.find("skipped") is not None)
-    return {"passed": passed, "tests": len(cases), "skipped": skipped, "failures": failures}
+# --- the training step with one thing changed -------------------------------------------------------------------------
 
 
-def training(ranks: int, *overrides: str) -> dict[str, Any]:
-    """A short run of the default config: throughput after the first lines, memory, and loss at both ends."""
-    with tempfile.TemporaryDirectory() as folder:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-        passed, output = run([*launcher, "simclr_ddp.pretrain", f"run_dir={folder}/run", *overrides])
-        lines = read_metrics(Path(folder) / "run" / "metrics.jsonl")
-    if not passed or not lines:
-        return {"passed": False, "output": output}
-    rates = [line["images_per_second"] for line in lines[2:] or lines]
-    return {
-        "passed": lines[-1]["loss"] < lines[0]["loss"],
-        "ranks": ranks,
-        "overrides": list(overrides),
-        "first_loss": lines[0]["loss"],
-        "last_loss": lines[-1]["loss"],
-        "images_per_second": {"median": median(rates), "least": min(rates), "most": max(rates)},
-        "data_wait_fraction": median(line["data_wait_fraction"] for line in lines),
-        "peak_memory_bytes": max(line["peak_memory_bytes"] for line in lines),
+def variants(settings: Pretrain, out: Path) -> None:
+    """Each is measured alone, on a batch that is on the device; OUT.json is written after each."""
+    runtime = setup(settings.device, settings.precision, settings.threads)
+    steps = 30 if runtime.device.type == "cuda" else 2
+    other = "fp32" if runtime.precision != "fp32" else "bf16"
+    changes: dict[str, Pretrain] = {
+        "as configured": settings,
+        f"compile={str(not settings.compile).lower()}": replace(settings, compile=not settings.compile),
+        f"precision={other}": replace(settings, precision=other),
+        "channels-last off": settings,
     }
+    figures: dict[str, Any] = {}
+    try:
+        for name, changed in changes.items():
+            of = replace(runtime, precision=other) if changed.precision == other else runtime
+            try:
+                figures[name] = {"ms": 1e3 * seconds_of_a_step(changed, of, steps, name == "channels-last off")}
+            except RuntimeError as error:  # out of memory, or a compiler that fails: the others follow
+                figures[name] = {"failure": f"{type(error).__name__}: {str(error)[:500]}"}
+            print(f"{name:<20} {figures[name]}", flush=True)
+            record = {"precision": runtime.precision, "steps": steps, "environment": describe(runtime)}
+            out.write_text(json.dumps(record | {"figures": figures}, indent=1) + "\n")
+    finally:
+        distributed.stop()
 
 
-def log_sums(*arguments: str) -> dict[str, Any]:
-    """benchmarks.gpu.log_sums: what computes the loss, at a few sizes."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "log_sums.json"
-        passed, output = run([sys.executable, "-m", "benchmarks.gpu.log_sums", f"--out={out}", *arguments])
-        measurements = json.loads(out.read_text())["measurements"] if out.exists() else []
-    return {"passed": passed, "measurements": measurements} | ({} if passed else {"output": output})
+def seconds_of_a_step(settings: Pretrain, runtime: Runtime, steps: int, channels_first: bool) -> float:
+    dataset = open_dataset(settings.data.train, "train")
+    training = Training(settings, runtime, dataset, make_plan(settings, dataset))
+    if channels_first:
+        training.state.model.to(memory_format=torch.contiguous_format)
+        training.state.model.encoder.register_forward_pre_hook(_contiguous)
+    with closing(training.batches(1)) as batches:
+        batch = next(batches)
+
+    def endless() -> Iterator[Any]:
+        while True:
+            yield batch
+
+    here: Any = endless()
+    for _ in range(max(3, steps // 3)):
+        training.step(here)
+    synchronize(runtime.device)
+    begin = time.perf_counter()
+    for _ in range(steps):
+        training.step(here)
+    synchronize(runtime.device)
+    return (time.perf_counter() - begin) / steps
 
 
-def step(ranks: int, *arguments: str) -> dict[str, Any]:
-    """benchmarks.step: seconds of a step of each variant and of its parts, medians of the rounds, and memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.step", f"--ranks={ranks}", f"--out={folder}", *arguments]
-        passed, output = run(command)
-        written = list(Path(folder).glob("*.json"))
-        if not passed or not written:
-            return {"passed": False, "output": output}
-        measured = json.loads(written[0].read_text())["runs"][0]
-    parts = {part: median(split[part] for split in measured["parts_seconds"]) for part in measured["parts_seconds"][0]}
-    return {
-        "passed": True,
-        "ranks": ranks,
-        "arguments": list(arguments),
-        "seconds_per_step": {name: median(seconds) for name, seconds in measured["seconds_per_step"].items()},
-        "parts_seconds": parts,
-        "peak_memory_bytes": max(measured["peak_memory_bytes"]),
-        "checks": measured["checks"],
-    }
+def _contiguous(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(x.contiguous() for x in inputs)
+
+
+# --- predictions and measurements -------------------------------------------------------------------------------------
+
+
+def compare(folder: Path) -> str:
+    """A line for each prediction: what was predicted, the goal, and what was measured, if anything was."""
+    found = measured(folder)
+    lines = [f"{'':<58}{'predicted':>16}{'goal':>10}{'measured':>12}"]
+    for key, entry in json.loads(PREDICTIONS.read_text()).items():
+        value, predicted, verdict = found.get(key), "", ""
+        if entry["predicted"]:
+            low, high = entry["predicted"]
+            predicted = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            if value is not None:
+                inside = low <= value <= high
+                verdict = "  as predicted" if inside else f"  {value / (low if value < low else high):.2f} x"
+        shown = "-" if value is None else f"{value:.4g}"
+        lines.append(f"{entry['what']:<58}{predicted:>16}{entry.get('goal', ''):>10}{shown:>12}{verdict}")
+    return "\n".join(lines)
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """The figures of the predictions, by their keys, of the result files that are in the folder."""
+    found: dict[str, float] = {}
+    for config in ("cifar", "imagenet"):
+        for run in _read(folder / f"step-{config}.json").get("runs", []):
+            parts = {part: median(split[part] for split in run["parts_seconds"]) for part in run["parts_seconds"][0]}
+            seconds = run["seconds_per_step"]
+            found[f"{config} step ms"] = 1e3 * median(seconds.get("data", seconds["synthetic"]))
+            found[f"{config} peak GB"] = max(run["peak_memory_bytes"]) / 1e9
+            found[f"{config} augmentation %"] = 100 * parts["augmentation"] / sum(parts.values())
+            found |= {f"{config} {kind}": number for kind, number in run["work"]["launches"].items()}
+            if (share := share_of_peak(run)) is not None:
+                found[f"{config} peak rate %"] = 100 * share
+    for kind in ("tiled", "triton"):
+        for entry in _read(folder / f"loss-{kind}.json").get("measurements", []):
+            if "seconds" in entry:
+                key = f"{entry['kernel']} {entry['images']} {entry['variant']} ms"
+                found[key] = 1e3 * entry["seconds"]["median"]
+    if (folder / "run.tgz").exists():
+        found |= _of_a_run(folder / "run.tgz")
+    return found
+
+
+def _of_a_run(path: Path) -> dict[str, float]:
+    with tarfile.open(path) as archive:
+        texts = {
+            name: file.read().decode()
+            for name in ("./linear_eval.json", "./metrics.jsonl")
+            if name in archive.getnames() and (file := archive.extractfile(name)) is not None
+        }
+    found: dict[str, float] = {}
+    evaluation = json.loads(texts.get("./linear_eval.json", "{}"))
+    lines = [json.loads(line) for line in texts.get("./metrics.jsonl", "").splitlines() if line.endswith("}")]
+    name = Path(evaluation.get("run", "")).name
+    if lines:
+        found[f"{name} images/s"] = median(line["images_per_second"] for line in lines)
+        found[f"{name} epochs"] = lines[-1]["epoch"]
+        found[f"{name} seconds of 200 epochs"] = 200 * 50_000 / found[f"{name} images/s"]
+    if evaluation:
+        found[f"{name} linear %"] = 100 * evaluation["results"]["trained"]["top1"]
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def tiny(path: Path, count: int) -> None:
+    """Random 32 x 32 pictures of ten classes, each of another colour."""
+    generator = np.random.default_rng(count)
+    samples = []
+    for i in range(count):
+        pixels = generator.integers(0, 128, (32, 32, 3), dtype=np.uint8)
+        pixels[..., i % 3] += np.uint8(12 * (i % 10))
+        samples.append((beton.Picture(pixels.tobytes(), 32, 32, raw=True), i % 10))
+    info = {"label_kind": "classes", "classes": [str(i) for i in range(10)], "numbers": None, "nuisance": None}
+    beton.write(path, iter(samples), {"image": beton.PICTURES, "label": beton.INT}, count, info)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,193 @@
+"""The plan of a borrowed GPU's minutes, `benchmarks/gpu/plan.sh`: as a whole at tiny size, and its parts."""
+
+import json
+import os
+import re
+import subprocess
+import tarfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import suite
+from simclr_ddp.metrics import read_metrics
+from tests.processes import ROOT
+
+PLAN = ROOT / "benchmarks/gpu/plan.sh"
+
+
+def call(name: str, folder: Path, **variables: str) -> tuple[int, str, set[str]]:
+    """(exit status, output, the names of the files that come back) of a call of the plan on the CPU."""
+    out = folder / f"out-{name}"
+    # As on a machine where nothing but the path is set.
+    names = ("PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONPATH")
+    environment = {name: os.environ[name] for name in names if name in os.environ}
+    environment |= {"DEVICE": "cpu", "OUT": str(out), "STATE": str(folder / "state"), "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(PLAN), name]
+    done = subprocess.run(
+        command, env=environment | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
+    )
+    return done.returncode, done.stdout, {path.name for path in out.iterdir()}
+
+
+def promised(name: str) -> set[str]:
+    """The files that the head of the plan names for a call, where they need no checkpoint."""
+    (text,) = re.findall(rf"^#     {name} +(\S.*?)(?:, and|$)", PLAN.read_text().split("at most eight files")[1], re.M)
+    return set(text.split())
+
+
+@pytest.mark.slow
+def test_all_calls_at_tiny_size(tmp_path: Path) -> None:
+    status, output, files = call("A", tmp_path, SECONDS_LEFT="800")
+    assert status == 0, output
+    assert files == promised("A") and len(files) == 8
+    found = suite.measured(tmp_path / "out-A")
+    assert found.keys() >= {"cifar step ms", "imagenet step ms", "imagenet peak GB", "cosine 32 tiled 32 ms"}
+    assert "cosine 32 triton ms" in found and "laplacian 32 triton ms" in found
+
+    status, output, files = call("B", tmp_path, SECONDS_LEFT="800")
+    assert status == 0, output
+    assert files == promised("B") | {"encoder.safetensors.part00", "encoder.safetensors.sha256"}
+    with tarfile.open(tmp_path / "out-B" / "run.tgz") as archive:
+        assert {"./linear_eval.json", "./metrics.jsonl", "./figures/curves.png"} <= set(archive.getnames())
+    assert suite.measured(tmp_path / "out-B").keys() >= {"cifar10_gpu linear %", "cifar10_gpu seconds of 200 epochs"}
+
+    status, output, files = call("C", tmp_path, SECONDS_LEFT="800")
+    assert status == 0, output
+    assert files == promised("C")
+    figures = json.loads((tmp_path / "out-C" / "variants.json").read_text())["figures"]
+    assert len(figures) == 4 and all(figure.get("ms", 0) > 0 for figure in figures.values()), figures
+    assert "cifar10_cpu linear %" in suite.measured(tmp_path / "out-C")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cut_off_resumes_on_another_machine_from_the_parts_that_came_back(tmp_path: Path) -> None:
+    """Part by part: the first four come with B, the others with a further call; they return in two calls, too."""
+    first, second, parts = tmp_path / "first", tmp_path / "second", tmp_path / "parts"
+    sizes = {"PART": "300000", "STEPS": "100000"}
+    for folder in (first, second, parts):
+        folder.mkdir()
+    _, output, files = call("B", first, SECONDS_LEFT="100", **sizes)  # which may be too few for evaluating
+    assert "paused    training" in output and "the run is not finished" in output, output
+    (checksum,) = (name for name in files if name.endswith(".pt.sha256"))
+    name = checksum.removesuffix(".sha256")
+    assert files == promised("B") | {f"{name}.part0{i}" for i in range(4)} | {checksum}
+    status, output, more = call("parts", first, **sizes)
+    assert status == 0 and f"{name}.part04" in more, output
+
+    (first / "out-B" / f"{name}.part01").rename(parts / f"{name}.part01")
+    for path in (first / "out-parts").glob("step-*"):
+        path.rename(parts / path.name)
+    assert call("gather", second, RESUME=str(first / "out-B"))[0] == 1, "not all parts are there"
+    _, output, _ = call("B", second, SECONDS_LEFT="100", RESUME=str(parts), **sizes)
+    assert f"{name} is there: the run resumes from it" in output and "paused    training" in output, output
+    with tarfile.open(second / "out-B" / "run.tgz") as archive:
+        archive.extract("./metrics.jsonl", second, filter="data")
+    steps = [line["step"] for line in read_metrics(second / "metrics.jsonl")]
+    reached = int(re.findall(r"\d+", name)[0])
+    assert min(steps) <= reached < max(steps), "the lines before are those that the checkpoint holds"
+
+
+def sleeping(seconds: str) -> list[Path]:
+    """The living processes `sleep SECONDS`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if path.read_bytes() == f"sleep\0{seconds}\0".encode():
+                found.append(path)
+    return found
+
+
+STEPS = """
+CALL=X OUT=$1 LOG=$1/X.log SECONDS_LEFT=$2 GRACE=1; . benchmarks/gpu/steps.sh
+hang() { echo partial >"$OUT/partial"; trap "" TERM; sleep "$1" & setsid sleep "$1" & sleep "$1"; }
+export -f hang; export OUT
+step "fails" 5 TERM bash -c 'echo half >"$OUT/half"; exit 3'
+step "hangs" 6 TERM bash -c "hang $3"
+step "follows" 5 TERM echo hello
+step "saves" 6 TERM bash -c 'trap "echo saved; exit 75" TERM; while true; do sleep 0.1; done'
+printf "%s\\n" "${verdicts[@]}"
+"""
+
+
+def test_a_step_that_hangs_is_cut_off_and_all_of_its_processes_are_dead(tmp_path: Path) -> None:
+    """That ignores the signal, and has started a process of a group of its own as well."""
+    word = f"98765.{os.getpid()}"
+    done = subprocess.run(
+        ["bash", "-c", STEPS, "steps", str(tmp_path), "100", word],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert not sleeping(word), done.stdout
+    assert (tmp_path / "half").read_text() == "half\n" and (tmp_path / "partial").read_text() == "partial\n"
+    verdicts = re.findall(r"^(passed|paused|failed|cut off) +(\w+): \d+ s, status (\d+)$", done.stdout, re.M)
+    assert verdicts == [
+        ("failed", "fails", "3"),
+        ("cut off", "hangs", "137"),
+        ("passed", "follows", "0"),
+        ("paused", "saves", "75"),
+    ]
+    assert "hello" in (tmp_path / "X.log").read_text()
+
+
+def test_a_step_that_no_time_is_left_for_is_left_out(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    done = subprocess.run(
+        ["bash", "-c", STEPS, "steps", str(tmp_path), "8", "1000"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert "left out  follows: no time is left" in done.stdout and time.monotonic() - begin < 20
+    assert "hello" not in (tmp_path / "X.log").read_text().split("follows: left out")[1]
+
+
+def test_a_plan_that_is_stopped_takes_its_step_along(tmp_path: Path) -> None:
+    word = f"98766.{os.getpid()}"
+    process = subprocess.Popen(["bash", "-c", STEPS, "steps", str(tmp_path), "100", word], cwd=ROOT)
+    end = time.monotonic() + 30
+    while len(sleeping(word)) < 3 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert len(sleeping(word)) == 3
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    assert not sleeping(word)
+
+
+def test_the_plan_names_all_test_files_that_have_gpu_tests() -> None:
+    (named,) = re.findall(r"^GPU_TESTS=\((.*)\)$", PLAN.read_text(), re.M)
+    marked = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").glob("test_*.py")
+        if "pytest.mark.gpu" in path.read_text() and path != Path(__file__)
+    }
+    assert set(named.split()) == marked
+
+
+def test_measurements_stand_beside_predictions(tmp_path: Path) -> None:
+    run = {
+        "parts_seconds": [{"augmentation": 0.02, "forward": 0.18}],
+        "seconds_per_step": {"synthetic": [0.4, 0.5, 0.6]},
+        "peak_memory_bytes": [60e9],
+        "work": {"model_operations": 10**14, "launches": {"kernels": 650.0, "waits": 0.0}, "peak_rate": 1e15},
+    }
+    (tmp_path / "step-imagenet.json").write_text(json.dumps({"runs": [run]}))
+    entry = {"kernel": "cosine", "images": 4096, "variant": "triton", "seconds": {"median": 0.003}}
+    failed = {"kernel": "cosine", "images": 4096, "variant": "tiled 4096", "failure": "OutOfMemoryError"}
+    (tmp_path / "loss-triton.json").write_text(json.dumps({"measurements": [entry, failed]}))
+    lines = {line[:58].strip(): line[58:].split() for line in suite.compare(tmp_path).splitlines()}
+    assert lines["ResNet-50 at 224, N = 512: ms a step"] == ["360", "to", "420", "500", "1.19", "x"]
+    assert lines["Triton"] == ["3", "3", "as", "predicted"]
+    assert lines["tiles of 4,096"] == ["2", "-"]
+    assert lines["peak memory, GB"] == ["48", "to", "55", "60", "1.09", "x"]
+    assert suite.measured(tmp_path)["imagenet peak rate %"] == pytest.approx(20)
+
+
+def test_what_is_there_and_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert suite.main(["there", str(tmp_path / "there.json")]) == 0
+    found = json.loads((tmp_path / "there.json").read_text())
+    assert found["torch"] and found["nvidia-smi"] and found["environment"]["cores"]
+    assert suite.main(["nonsense"]) == 2 and "COMMAND" in capsys.readouterr().out
+    done = subprocess.run(["bash", str(PLAN)], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and "SECONDS_LEFT" in done.stdout
