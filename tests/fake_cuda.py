@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests import cuda_kernels
+
 CUDA = torch.device("cuda", 0)
 
 
@@ -69,17 +71,11 @@ def fake_cuda() -> Iterator[None]:
         patch.setattr(Tensor, "backward", lambda tensor, gradient=None: backward([tensor], [gradient]))
         patch.setattr(torch.autograd, "grad", gradients)
         patch.setattr(torch._C, "_current_graph_task_id", lambda: _pass[-1])
-        library = torch.library.Library("aten", "IMPL", "Meta")  # torch has none for it
-        library.impl("batch_norm_update_stats", _batch_norm_update_stats)
-        library.impl("_fused_sgd_", lambda *_, **__: None)
-        stack.callback(library._destroy)
+        stack.enter_context(cuda_kernels.on("Meta"))
+        library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+        library.impl("_fused_sgd_", lambda *_, **__: None, "Meta")  # torch has none
         stack.enter_context(FakeTensorMode())
         yield
-
-
-def _batch_norm_update_stats(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape[1], dtype=wide), x.new_empty(x.shape[1], dtype=wide)
 
 
 def _to(module: nn.Module, *args: Any, memory_format: torch.memory_format | None = None) -> nn.Module:
