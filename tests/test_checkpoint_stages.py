@@ -29,7 +29,13 @@ def one_thread() -> Iterator[None]:
 Step = tuple[dict[str, Tensor], dict[str, Tensor], int]
 
 
-def step(checkpoint_stages: bool, dtype: torch.dtype = torch.float64, low: bool = False, twice: bool = False) -> Step:
+def step(
+    checkpoint_stages: bool,
+    dtype: torch.dtype = torch.float64,
+    low: bool = False,
+    twice: bool = False,
+    device: str = "cpu",
+) -> Step:
     """(gradients, buffers, bytes that autograd kept beside the weights) of two passes over this rank's images"""
     torch.manual_seed(0)
     encoder = Encoder("resnet18", 1 / 16, "cifar", checkpoint_stages)
@@ -38,8 +44,8 @@ def step(checkpoint_stages: bool, dtype: torch.dtype = torch.float64, low: bool 
     for module in model.modules():
         if isinstance(module, CrossRankBatchNorm):
             torch.nn.init.normal_(module.weight)  # the blocks' last ones start at 0
-    parallel = distributed.data_parallel(model, torch.device("cpu"))
-    images = torch.rand(2, 8, 3, 16, 16, dtype=dtype)[:, distributed.own_slice(8)]
+    parallel = distributed.data_parallel(model.to(device), torch.device(device))
+    images = torch.rand(2, 8, 3, 16, 16, dtype=dtype)[:, distributed.own_slice(8)].to(device)
     kept: dict[int, int] = {}
     alive, weights = [], {p.data_ptr() for p in model.parameters()}
 
@@ -52,8 +58,8 @@ def step(checkpoint_stages: bool, dtype: torch.dtype = torch.float64, low: bool 
 
     for _ in range(2):  # the second starts from other statistics
         kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", enabled=low):
-            loss = parallel(images).y.to(dtype).square().mul(torch.linspace(0, 1, 8, dtype=dtype)).sum()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(device, enabled=low):
+            loss = parallel(images).y.to(dtype).square().mul(torch.linspace(0, 1, 8, dtype=dtype, device=device)).sum()
         loss.backward(retain_graph=twice)
         if twice:
             loss.backward()

@@ -12,10 +12,22 @@ from torch import Tensor, nn
 
 from simclr_ddp import KernelInfoNCE, data, tile_kernels, tiled
 from simclr_ddp.distributed import CrossRankBatchNorm
-from simclr_ddp.losses import Objective, contrastive_loss, normalize, tile_kernel
+from simclr_ddp.losses import KERNELS, Objective, contrastive_loss, normalize, tile_kernel
 from simclr_ddp.optim import make_optimizer, set_learning_rate
-from tests import processes
+from tests import processes, test_checkpoint_stages, test_step
 from tests.ranks import Ranks
+from tests.test_devices import (
+    WAITING,
+    assert_draws_are_numpys,
+    assert_fp16_learns,
+    assert_linear_figures_agree,
+    assert_the_other_loader_resumes,
+    calls,
+    linear_figures,
+    nothing_waits,
+    predicted_and_taken,
+    ten_steps,
+)
 from tests.test_losses_fake_cuda import MEMBERS, member
 from tests.test_resume import assert_same_run, settings
 
@@ -76,6 +88,85 @@ def test_loss_and_gradient_are_those_of_the_cpu(kernel: str) -> None:
     (loss_cpu, gradient_cpu), (loss_gpu, gradient_gpu) = results
     assert torch.allclose(loss_gpu, loss_cpu, rtol=1e-5)
     assert (gradient_gpu - gradient_cpu).norm() < 1e-3 * gradient_cpu.norm()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_ten_steps_do_not_wait_for_the_gpu(
+    kernel: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (f"loss.kernel={kernel}", "precision=bf16")
+    assert len(ten_steps("cuda", images, tmp_path / "run", nothing_waits, monkeypatch, *options)) == 10
+
+
+@pytest.mark.parametrize("options", ["", "precision=fp16", "optim.name=sgd", "optim.name=adamw"])
+def test_the_other_optimizers_and_fp16_do_not_wait_either(
+    options: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [options] * bool(options)
+    assert len(ten_steps("cuda", images, tmp_path / "run", nothing_waits, monkeypatch, *more)) == 10
+
+
+def test_only_the_step_before_is_waited_for(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its event, which is read one step late; as the profiler sees it, which misses no function of the runtime."""
+    found = calls("cuda", images, tmp_path / "run", monkeypatch, "precision=bf16")
+    assert found["cudaLaunchKernel"] > 1000, "the profiler sees the runtime's functions"
+    waits = {name: found[name] for name in WAITING if name in found}
+    # report.push and the line's own writing both read the step before; after the first, the event has passed.
+    assert set(waits) <= {"cudaEventSynchronize"} and waits.get("cudaEventSynchronize", 0) <= 30, waits
+
+
+def test_draws_are_numpys_bits() -> None:
+    assert_draws_are_numpys("cuda")
+
+
+def test_linear_figures_are_those_of_the_cpu() -> None:
+    assert_linear_figures_agree(linear_figures("cuda"), linear_figures("cpu"))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"precision": "bf16", "optim__global_batch_size": 512, "model__width": 1.0, "model__stem": "cifar"},
+        {"precision": "fp32", "optim__global_batch_size": 256, "model__width": 1.0, "model__stem": "cifar"},
+        {
+            "precision": "bf16",
+            "optim__global_batch_size": 64,
+            "model__arch": "resnet50",
+            "model__width": 1.0,
+            "model__stem": "imagenet",
+            "data__size": 224,
+        },
+    ],
+    ids=["resnet18-bf16", "resnet18-fp32", "resnet50-224-bf16"],
+)
+def test_the_doctor_predicts_the_memory(given: dict[str, object]) -> None:
+    predicted, taken = predicted_and_taken("cuda", **given)
+    assert 0.75 < predicted / taken < 1.25, f"{predicted / 1e9:.2f} GB predicted, {taken / 1e9:.2f} GB taken"
+
+
+def test_micro_batches_give_the_gradients_of_the_undivided_step(images: Path) -> None:
+    """Without batch norm, in float64."""
+    whole, divided = (test_step.step(images, normalized=False, micro=m, device="cuda")[2] for m in (None, 4))
+    assert distance(divided, whole) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_checkpoint_stages_give_the_same_gradients(dtype: torch.dtype) -> None:
+    """And the same statistics, in less memory: other algorithms may be chosen, so not bit for bit."""
+    whole, less = (test_checkpoint_stages.step(stages, dtype, device="cuda") for stages in (False, True))
+    limit = 1e-10 if dtype == torch.float64 else 1e-4
+    assert distance(less[0], whole[0]) < limit and distance(less[1], whole[1]) < limit
+    assert less[2] < 0.5 * whole[2]
+
+
+def test_fp16_learns(images: Path, tmp_path: Path) -> None:
+    assert_fp16_learns("cuda", images, tmp_path / "run")
+
+
+@pytest.mark.parametrize("first", ["torch", "ffcv"])
+def test_the_other_loader_resumes(first: str, images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ffcv")
+    assert_the_other_loader_resumes("cuda", first, images, tmp_path)
 
 
 # Few: every kernel and width is compiled anew.

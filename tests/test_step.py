@@ -42,19 +42,23 @@ class Count(nn.Module):
 def without_batch_norm(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, CrossRankBatchNorm):
-            setattr(module, name, nn.GroupNorm(1, child.num_features).double())
+            setattr(module, name, nn.GroupNorm(1, child.num_features).to(child.weight))
         else:
             without_batch_norm(child)
 
 
 def step(
-    images: Path, normalized: bool, micro: int | None, wrap: Callable[[nn.Module], nn.Module] = Count
+    images: Path,
+    normalized: bool,
+    micro: int | None,
+    wrap: Callable[[nn.Module], nn.Module] = Count,
+    device: str = "cpu",
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], Any, State]:
     """(loss, projections, gradients, the model as `wrap` made it, state) of the first step, on each of the ranks"""
     pairs = [text.split("=", 1) for text in settings(images, images.parent / "none")]
     wanted = {key: value.strip("[]").split(",") if value[:1] == "[" else value for key, value in pairs}
     made = build(Pretrain, [("the test", wanted | {"optim.micro_batch_size": micro})])
-    runtime, dataset = Runtime(torch.device("cpu"), "fp64", 1), open_dataset(made.data.train, "train")
+    runtime, dataset = Runtime(torch.device(device), "fp64", 1), open_dataset(made.data.train, "train")
     state = State(made, runtime, dataset)
     if not normalized:
         without_batch_norm(state.model)
