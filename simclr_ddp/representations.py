@@ -158,7 +158,7 @@ def representations(
     gathered as they come. `title` begins the lines of progress.
     """
     encoder = encoder.to(runtime.device, runtime.dtype).eval()
-    encoder.to(memory_format=torch.channels_last)
+    encoder.to(memory_format=encoder.memory_format)
     images = evaluation_images(dataset, spec.mean, spec.std, runtime.dtype)
     index = np.arange(dataset.count) if index is None else index
     shares = np.array_split(np.arange(len(index)), distributed.world_size())
@@ -179,7 +179,7 @@ def representations(
         batch = next(batches, None)
         if batch is not None:
             with runtime.autocast():
-                h = encoder(images(batch.inputs)[0].contiguous(memory_format=torch.channels_last))
+                h = encoder(images(batch.inputs)[0].contiguous(memory_format=encoder.memory_format))
             block[0, : len(h)] = h
         gathered = distributed.gather(block)[0].cpu()
         for share, rows in zip(shares if main else [], gathered.split(batch_size), strict=main):

@@ -30,7 +30,7 @@ class State:
         projection = projection_head(head.kind, encoder.width_out, head.layers, head.hidden, head.out)
         classes = dataset.class_count if settings.probe.enabled else 0
         self.model = SimCLR(encoder, projection, classes).to(runtime.device, runtime.dtype)
-        self.model.to(memory_format=torch.channels_last)
+        self.model.to(memory_format=encoder.memory_format)
         fraction = settings.probe.validation_fraction
         self.probe = Probe(dataset, fraction, settings.seed, runtime.device) if classes else None
 

@@ -40,7 +40,7 @@ def step(
     torch.manual_seed(0)
     encoder = Encoder("resnet18", 1 / 16, "cifar", checkpoint_stages)
     model = SimCLR(encoder, projection_head("nonlinear", encoder.width_out, out=8)).to(dtype)
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=model.encoder.memory_format)
     for module in model.modules():
         if isinstance(module, CrossRankBatchNorm):
             torch.nn.init.normal_(module.weight)  # the blocks' last ones start at 0

@@ -422,7 +422,7 @@ def test_other_shapes_are_refused(ranks: Ranks) -> None:
     with pytest.raises(ValueError, match=r"takes \[B, C\] or \[B, C, H, W\], got a shape of \(2, 3, 4\)"):
         CrossRankBatchNorm(3)(torch.zeros(2, 3, 4))
     with pytest.raises(AssertionError, match=r"got a shape of \(4, 3, 4\)"):
-        ranks.run(2, in_float32, torch.zeros(8, 3, 4))
+        ranks.run(2, in_float32, torch.zeros(8, 3, 4), False)
 
 
 # --- DDP ------------------------------------------------------------------------------------------------------------

@@ -121,6 +121,12 @@ def test_convolutions_have_he_variance() -> None:
             assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=4 / math.sqrt(count)), name
 
 
+def test_only_wide_encoders_are_channels_last() -> None:
+    """The narrow ones crash in their backward pass where a processor has no AVX-512, which many tests here would."""
+    assert Encoder("resnet18", 0.125).memory_format == torch.channels_last
+    assert Encoder("resnet18", 0.1).memory_format == torch.contiguous_format
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
