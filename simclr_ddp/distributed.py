@@ -501,6 +501,13 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
         if world_size() == 1:
             statistics = self.running_mean, self.running_var
             return F.batch_norm(input, *statistics, self.weight, self.bias, True, MOMENTUM, self.eps)
+        return self._over_ranks(input)
+
+    # torch.compile would compile a layer anew at every call, since collectives are counted for the watch: it leaves its
+    # graph here and enters the next one behind it.
+    @torch._disable_dynamo
+    def _over_ranks(self, input: Tensor) -> Tensor:
+        assert self.running_mean is not None and self.running_var is not None
         fused = _fused(input)
         input = input.contiguous(memory_format=_layout(input)) if fused else input
         origin = self.running_mean if fused else self.running_mean.clone()

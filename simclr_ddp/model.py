@@ -53,8 +53,8 @@ class Encoder(nn.Module):
         if channels[0] < 1:
             raise ValueError(f"model.width={width} leaves no channel in the first layer: at least 1/64 is wanted")
         self.in_channels = channels[0]
-        # Of fewer than 8 channels oneDNN's backward pass of a strided 1x1 convolution in channels-last writes beyond its
-        # memory on processors without AVX-512 (torch 2.11 and 2.14).
+        # On processors without AVX-512, oneDNN's backward pass of a strided 1x1 convolution of fewer than 8 channels
+        # in channels-last writes beyond its memory (torch 2.11 and 2.14).
         self.memory_format = torch.channels_last if channels[0] >= 8 else torch.contiguous_format
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -416,6 +417,57 @@ def test_batch_norm_gives_torch_every_optional_tensor(
     for calls in ranks.run(2, optional_tensors, shape, dtype, shift):
         assert any("backward" in name for name, _ in calls)
         assert [(name, missing) for name, missing in calls if missing] == []
+
+
+class _Layers(nn.Module):
+    """Batch norm as a ResNet and a projection head have it, of five widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 4, 5, 6)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, bias=False), CrossRankBatchNorm(b), nn.ReLU(inplace=True))
+            for a, b in pairwise(widths)
+        )
+        self.head = nn.Sequential(nn.Linear(6, 7), CrossRankBatchNorm(7, shift=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+def compiled_steps(x: Tensor, compiled: bool) -> tuple[Tensor, list[dict[str, int]]]:
+    """Gradients and running statistics of four steps, and after each what torch.compile has made until then."""
+    from torch._dynamo.utils import counters  # slow to import, for every rank of every other test too
+
+    torch.manual_seed(0)
+    model = _Layers().double().to(memory_format=torch.channels_last)
+    trained = distributed.data_parallel(model, torch.device("cpu"))
+    torch._dynamo.reset()
+    counters.clear()
+    if compiled:
+        trained = torch.compile(trained, backend="aot_eager")  # type: ignore[assignment]
+    found, made = [], []
+    own = distributed.own_slice(x.shape[1])
+    for batch in x:
+        begun = distributed.place["count"]
+        trained(batch[own].contiguous(memory_format=torch.channels_last)).sin().square().sum().backward()
+        found += [t.detach().clone().flatten() for t in (*(p.grad for p in model.parameters()), *model.buffers())]
+        model.zero_grad(set_to_none=True)
+        made.append({"graphs": counters["stats"]["unique_graphs"], "collectives": distributed.place["count"] - begun})
+    torch._dynamo.reset()
+    return torch.cat([f.double() for f in found]), made
+
+
+def test_a_compiled_step_is_the_same_and_compiled_once(ranks: Ranks) -> None:
+    x = random(4, 8, 3, 9, 9)
+    plain = ranks.run(2, compiled_steps, x, False)
+    for (values, made), (wanted, _) in zip(ranks.run(2, compiled_steps, x, True), plain, strict=True):
+        torch.testing.assert_close(values, wanted, rtol=1e-9, atol=1e-11)
+        assert made[0]["graphs"] >= 1
+        assert [m["graphs"] for m in made] == [made[0]["graphs"]] * len(made)
+        assert [m["collectives"] for m in made] == [8] * len(made)
 
 
 def test_other_shapes_are_refused(ranks: Ranks) -> None:
