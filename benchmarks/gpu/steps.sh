@@ -13,8 +13,11 @@ left() { echo $((SECONDS_LEFT - SECONDS)); }
 # The processes that a step has started and that still live: those of its group, and those that carry its mark in their
 # environment, since launchers and tests start processes in groups of their own.
 of_the_step() {
-  { awk -v group="$group" '{ sub(/.*\) /, "") } $3 == group && $1 != "Z" { print FILENAME }' /proc/[0-9]*/stat
-    grep -lzx "PLAN_STEP=$mark" /proc/[0-9]*/environ; } 2>/dev/null | cut -d / -f 3 | sort -un
+  {
+    # By cat, which passes over a process that ends meanwhile: mawk reads no file after one that is missing.
+    cat /proc/[0-9]*/stat | awk -v group="$group" '{ pid = $1; sub(/.*\) /, "") } $3 == group && $1 != "Z" { print pid }'
+    grep -lzx "PLAN_STEP=$mark" /proc/[0-9]*/environ | cut -d / -f 3
+  } 2>/dev/null | sort -un
 }
 
 kill_the_step() {
