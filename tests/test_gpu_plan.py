@@ -90,6 +90,16 @@ def test_a_run_that_is_cut_off_resumes_on_another_machine_from_the_parts_that_ca
     assert min(steps) <= reached < max(steps), "the lines before are those that the checkpoint holds"
 
 
+def test_a_call_that_lacks_parts_of_its_checkpoint_fails(tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (parts / "step-00000020.pt.part01").write_bytes(b"the second part")
+    (parts / "step-00000020.pt.sha256").write_text("0" * 64 + "  step-00000020.pt\n")
+    status, output, _ = call("B", tmp_path, SECONDS_LEFT="100", RESUME=str(parts))
+    assert status == 1 and "failed    resuming: parts are missing" in output, output
+    assert "== training" not in output
+
+
 def sleeping(seconds: str) -> list[Path]:
     """The living processes `sleep SECONDS`."""
     found = []

@@ -152,10 +152,13 @@ call_a() {
 }
 
 call_b() {
-  data
   local run=$STATE/cifar10_gpu reserve=60 steps=()
   [ "$DEVICE" = cpu ] && reserve=20 steps=(optim.steps="${STEPS:-4}")
-  resume "$run" || return
+  if ! resume "$run"; then
+    verdicts+=("failed    resuming: parts are missing or damaged, nothing is trained")
+    return
+  fi
+  data
   # It is stopped by TERM: the run saves and ends with status 75, and the same command resumes it. Evaluating what there
   # is has to fit into the reserve.
   # shellcheck disable=SC2046,SC2086 # many words each
