@@ -194,6 +194,27 @@ def test_measurements_stand_beside_predictions(tmp_path: Path) -> None:
     assert suite.measured(tmp_path)["imagenet peak rate %"] == pytest.approx(20)
 
 
+def test_a_run_is_measured_by_its_last_start_and_without_its_evaluation(tmp_path: Path) -> None:
+    """8 seconds from step 10, where epoch 1 ended, to the end of epoch 5: two seconds an epoch."""
+    (tmp_path / "config.yaml").write_text("name: cifar10_gpu\nstarts:\n- step: 0\n- step: 10\n")
+    lines = [
+        {"step": 10 * epoch, "epoch": float(epoch), "seconds": seconds, "images_per_second": 1000.0}
+        for epoch, seconds in ((1, 50.0), (2, 3.0), (5, 8.0))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def measured() -> dict[str, float]:
+        with tarfile.open(tmp_path / "run.tgz", "w:gz") as archive:
+            for path in tmp_path.glob("*.[yj]*"):
+                archive.add(path, f"./{path.name}")
+        return suite.measured(tmp_path)
+
+    expected = {"cifar10_gpu images/s": 1000, "cifar10_gpu epochs": 5, "cifar10_gpu seconds of 200 epochs": 400}
+    assert measured() == expected
+    (tmp_path / "linear_eval.json").write_text('{"run": "elsewhere/other", "results": {"trained": {"top1": 0.5}}}')
+    assert measured() == expected | {"cifar10_gpu linear %": 50}
+
+
 def test_what_is_there_and_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert suite.main(["there", str(tmp_path / "there.json")]) == 0
     found = json.loads((tmp_path / "there.json").read_text())

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from benchmarks.loops import Training, synchronize
@@ -170,20 +171,29 @@ def measured(folder: Path) -> dict[str, float]:
 
 
 def _of_a_run(path: Path) -> dict[str, float]:
+    """Of the training, and of the evaluation where there is one.
+
+    Seconds of 200 epochs are the wall time of the last start's loop from its first step to its last, compiling, the
+    probe's scores and checkpoints included, scaled by its epochs: of a run of one start and 200 epochs, its own.
+    """
     with tarfile.open(path) as archive:
         texts = {
             name: file.read().decode()
-            for name in ("./linear_eval.json", "./metrics.jsonl")
+            for name in ("./config.yaml", "./linear_eval.json", "./metrics.jsonl")
             if name in archive.getnames() and (file := archive.extractfile(name)) is not None
         }
     found: dict[str, float] = {}
     evaluation = json.loads(texts.get("./linear_eval.json", "{}"))
     lines = [json.loads(line) for line in texts.get("./metrics.jsonl", "").splitlines() if line.endswith("}")]
-    name = Path(evaluation.get("run", "")).name
+    config: Any = OmegaConf.to_container(OmegaConf.create(texts["./config.yaml"]))
+    name = config["name"]
     if lines:
+        last = lines[-1]
+        begun = config["starts"][-1]["step"] * last["epoch"] / last["step"]
         found[f"{name} images/s"] = median(line["images_per_second"] for line in lines)
-        found[f"{name} epochs"] = lines[-1]["epoch"]
-        found[f"{name} seconds of 200 epochs"] = 200 * 50_000 / found[f"{name} images/s"]
+        found[f"{name} epochs"] = last["epoch"]
+        if last["epoch"] > begun:  # else that start has logged nothing yet
+            found[f"{name} seconds of 200 epochs"] = 200 * last["seconds"] / (last["epoch"] - begun)
     if evaluation:
         found[f"{name} linear %"] = 100 * evaluation["results"]["trained"]["top1"]
     return found
