@@ -215,6 +215,19 @@ def test_a_run_is_measured_by_its_last_start_and_without_its_evaluation(tmp_path
     assert measured() == expected | {"cifar10_gpu linear %": 50}
 
 
+def tiny_settings(folder: Path, *more: str) -> list[str]:
+    suite.tiny(folder / "tiny.beton", 64)
+    settings = [f"data.train={folder / 'tiny.beton'}", "device=cpu", "precision=fp32", "threads=1", "model.width=0.125"]
+    return ["configs/pretrain/cifar10_gpu.yaml", *settings, "optim.global_batch_size=8", *more]
+
+
+def test_the_images_are_decoded_once_for_all_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(suite, "seconds_of_a_step", lambda settings, runtime, dataset, *_: seen.append(dataset) or 1.0)
+    assert suite.main(["variants", str(tmp_path / "variants.json"), *tiny_settings(tmp_path)]) == 0
+    assert len(seen) == 4 and all(dataset is seen[0] for dataset in seen)
+
+
 def test_what_is_there_and_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert suite.main(["there", str(tmp_path / "there.json")]) == 0
     found = json.loads((tmp_path / "there.json").read_text())
