@@ -153,6 +153,16 @@ def test_a_step_that_no_time_is_left_for_is_left_out(tmp_path: Path) -> None:
     assert "hello" not in (tmp_path / "X.log").read_text().split("follows: left out")[1]
 
 
+def test_killing_a_step_and_comparing_fit_into_the_time_that_is_left(tmp_path: Path) -> None:
+    script = "CALL=X OUT=$1 LOG=$1/X.log SECONDS_LEFT=60 LAST=20 GRACE=10; . benchmarks/gpu/steps.sh"
+    script += "; step long 100 TERM true"
+    done = subprocess.run(
+        ["bash", "-c", script, "-", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    (limit,) = re.findall(r"at most (\d+) s", done.stdout)
+    assert 25 < int(limit) <= 30
+
+
 def test_a_plan_that_is_stopped_takes_its_step_along(tmp_path: Path) -> None:
     word = f"98766.{os.getpid()}"
     process = subprocess.Popen(["bash", "-c", STEPS, "steps", str(tmp_path), "100", word], cwd=ROOT)

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
 # Steps with a time limit, sourced by plan.sh, which sets CALL, OUT, LOG and SECONDS_LEFT.
+LAST=${LAST:-0}        # seconds of SECONDS_LEFT that are kept for what follows the steps
 PART=${PART:-15728640} # bytes of a part of a file that comes back
 FACTOR=${FACTOR:-1}    # multiplies the limits of all steps
 GRACE=${GRACE:-10}     # seconds between the signal that ends a step and the one that kills it
@@ -8,7 +9,8 @@ group='' mark=''
 
 say() { echo "$*" | tee -a "$LOG"; }
 
-left() { echo $((SECONDS_LEFT - SECONDS)); }
+# The seconds that are left for steps.
+left() { echo $((SECONDS_LEFT - LAST - SECONDS)); }
 
 # The processes that a step has started and that still live: those of its group, and those that carry its mark in their
 # environment, since launchers and tests start processes in groups of their own.
@@ -35,11 +37,12 @@ kill_the_step() {
 
 trap 'kill_the_step; say "stopped by a signal"; exit 143' TERM INT HUP
 
-# step NAME SECONDS SIGNAL COMMAND...   with at most that many seconds, or as many as are left; $status is its own
+# step NAME SECONDS SIGNAL COMMAND...   with at most that many seconds, or as many as are left when it has been killed;
+# $status is its own
 step() {
   local name=$1 limit=$(($2 * FACTOR)) signal=$3 begin=$SECONDS verdict
   shift 3
-  [ "$limit" -lt "$(left)" ] || limit=$(($(left) - 5))
+  [ "$limit" -le $(($(left) - GRACE)) ] || limit=$(($(left) - GRACE))
   if [ "$limit" -lt 5 ]; then
     verdicts+=("left out  $name: no time is left")
     say "== $name: left out, no time is left"
