@@ -183,6 +183,8 @@ def test_the_plan_names_all_test_files_that_have_gpu_tests() -> None:
         if "pytest.mark.gpu" in path.read_text() and path != Path(__file__)
     }
     assert set(named.split()) == marked
+    (left_out,) = re.findall(r'^CHOSEN="not \((\w+) and .*\)"$', PLAN.read_text(), re.M)
+    assert f"def {left_out}(" in (ROOT / "tests/test_gpu.py").read_text()
 
 
 def test_measurements_stand_beside_predictions(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ LOG=$OUT/$CALL.log
 export PYTHONUNBUFFERED=1
 
 GPU_TESTS=(tests/test_gpu.py tests/test_augmentations.py)
+CHOSEN="not (test_triton_equals_float64 and 0.2)"
 # Comparing takes a few seconds, most of them for importing torch.
 case $DEVICE in cpu) LAST=30 ;; *) LAST=10 ;; esac
 # shellcheck source=benchmarks/gpu/steps.sh
@@ -127,30 +128,30 @@ if [ "$DEVICE" = cpu ]; then
   rounds='--rounds=1 --steps=1' sizes=32 tiles=16,32 seconds=0
 fi
 
+# The limits of all steps but the last add up to 175 seconds of 230; the last takes what they leave.
 call_a() {
   data
-  step "what is there" 45 TERM "$PYTHON" -m benchmarks.gpu.suite there "$OUT/there.json"
+  step "what is there" 20 TERM "$PYTHON" -m benchmarks.gpu.suite there "$OUT/there.json"
   local several=()
   "$PYTHON" -c 'import xdist' 2>/dev/null && several=(-n "$workers")
-  # By INT pytest still writes its report.
-  step "tests marked gpu" 90 INT "$PYTHON" -m pytest -m gpu "${several[@]}" -v -p no:cacheprovider \
+  # By INT pytest still writes its report. Each of Triton's cases is compiled anew: those of one temperature are enough.
+  step "tests marked gpu" 70 INT "$PYTHON" -m pytest -m gpu -k "$CHOSEN" "${several[@]}" -v -p no:cacheprovider \
     --junitxml="$OUT/gpu-tests.xml" "${GPU_TESTS[@]}"
+  rm -rf "$STATE/step-cifar" "$STATE/step-imagenet"
   # shellcheck disable=SC2046,SC2086 # many words each
-  {
-    rm -rf "$STATE/step-cifar" "$STATE/step-imagenet"
-    step "step, CIFAR ResNet-18" 45 TERM "$PYTHON" -m benchmarks.step configs/pretrain/cifar10_gpu.yaml $(train_on) \
-      optim.global_batch_size=512 compile=false $tiny --ranks=1 --peers=no $rounds --out="$STATE/step-cifar"
-    cp "$STATE"/step-cifar/*.json "$OUT/step-cifar.json" || say "no round of it was complete"
-    step "step, ResNet-50 at 224" 60 TERM "$PYTHON" -m benchmarks.step configs/pretrain/imagenet_resnet50.yaml \
-      device="$DEVICE" data.train=none.beton data.workers=1 optim.global_batch_size=512 $tiny $small_images --ranks=1 --peers=no \
-      ${rounds/20/5} --out="$STATE/step-imagenet"
-    cp "$STATE"/step-imagenet/*.json "$OUT/step-imagenet.json" || say "no round of it was complete"
-  }
+  step "step, CIFAR ResNet-18" 35 TERM "$PYTHON" -m benchmarks.step configs/pretrain/cifar10_gpu.yaml $(train_on) \
+    optim.global_batch_size=512 compile=false $tiny --ranks=1 --peers=no $rounds --out="$STATE/step-cifar"
+  cp "$STATE"/step-cifar/*.json "$OUT/step-cifar.json" || say "no round of it was complete"
   # Triton apart: its compiling and tuning may take longer than the step may.
-  step "loss, tiled" 30 TERM "$PYTHON" -m benchmarks.gpu.log_sums --device="$DEVICE" --variants=tiled --widths=128 \
-    --sizes=$sizes --tiles=$tiles --seconds=$seconds --out="$OUT/loss-tiled.json"
-  step "loss, triton" 40 TERM "$PYTHON" -m benchmarks.gpu.log_sums --device="$DEVICE" --variants=triton --widths=128 \
+  step "loss, triton" 30 TERM "$PYTHON" -m benchmarks.gpu.log_sums --device="$DEVICE" --variants=triton --widths=128 \
     --sizes=$sizes --tiles=$tiles --seconds=$seconds --out="$OUT/loss-triton.json"
+  step "loss, tiled" 20 TERM "$PYTHON" -m benchmarks.gpu.log_sums --device="$DEVICE" --variants=tiled --widths=128 \
+    --sizes=$sizes --tiles=$tiles --seconds=$seconds --out="$OUT/loss-tiled.json"
+  # shellcheck disable=SC2086 # many words
+  step "step, ResNet-50 at 224" 90 TERM "$PYTHON" -m benchmarks.step configs/pretrain/imagenet_resnet50.yaml \
+    device="$DEVICE" data.train=none.beton data.workers=1 optim.global_batch_size=512 $tiny $small_images --ranks=1 --peers=no \
+    ${rounds/20/5} --out="$STATE/step-imagenet"
+  cp "$STATE"/step-imagenet/*.json "$OUT/step-imagenet.json" || say "no round of it was complete"
 }
 
 call_b() {
