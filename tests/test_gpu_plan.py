@@ -8,10 +8,13 @@ import tarfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu import suite
+from simclr_ddp.config import Pretrain
 from simclr_ddp.metrics import read_metrics
 from tests.processes import ROOT
 
@@ -98,6 +101,57 @@ def test_a_call_that_lacks_parts_of_its_checkpoint_fails(tmp_path: Path) -> None
     status, output, _ = call("B", tmp_path, SECONDS_LEFT="100", RESUME=str(parts))
     assert status == 1 and "failed    resuming: parts are missing" in output, output
     assert "== training" not in output
+
+
+COMPILER_FAILS = """#!/bin/sh
+case "$*" in
+  *"suite tiny"*) touch "$4" "$5" ;;
+  *"suite pace"*) echo "compile=true 1000 5 200" >"$4" ;;
+  *pretrain*compile=false) mkdir "$STATE/cifar10_gpu" && touch "$STATE/cifar10_gpu/encoder.safetensors" ;;
+  *pretrain*) exit 1 ;;
+esac
+"""
+
+
+def test_a_compiler_that_fails_costs_b_its_speed_alone(tmp_path: Path) -> None:
+    """And the epochs are those that fit at the measured pace."""
+    python = tmp_path / "python"
+    python.write_text(COMPILER_FAILS)
+    python.chmod(0o755)
+    status, output, files = call("B", tmp_path, SECONDS_LEFT="200", PYTHON=str(python))
+    (epochs,) = re.findall(r"1000 ms with compile=true: (\d+) of 200 epochs", output)
+    assert 100 < int(epochs) <= 117, "of 200 seconds 30 for comparing, 20 for evaluating, 5 + 15 for starting, a tenth"
+    runs = re.findall(r"-m simclr_ddp.pretrain (.*)", output)
+    assert len(runs) == 2 and all(f"optim.epochs={epochs}" in run for run in runs), output
+    assert runs[1].endswith("compile=false") and "passed    training, not compiled" in output
+    assert status == 1, "the first training failed"
+    assert "run.tgz" in files
+
+
+def test_the_pace_is_that_of_the_faster_way_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny_settings(tmp_path, "optim.epochs=9")
+
+    def seconds(compiled: float) -> str:
+        def measure(settings: Pretrain, *_: Any, **__: Any) -> float:
+            if settings.compile and not compiled:
+                raise RuntimeError("no compiler")
+            return compiled if settings.compile else 0.5
+
+        monkeypatch.setattr(suite, "seconds_of_a_step", measure)
+        assert suite.main(["pace", str(tmp_path / "pace"), *settings]) == 0
+        return (tmp_path / "pace").read_text()
+
+    steps = 64 // 8
+    assert seconds(0.25).startswith(f"compile=true {250 * steps} ")
+    assert seconds(0.75).startswith(f"compile=false {500 * steps} ") and seconds(0.75).endswith(" 9\n")
+    assert seconds(0).startswith("compile=false ")
+
+
+def test_a_resumed_run_keeps_its_epochs(tmp_path: Path) -> None:
+    saved = {"step": 1, "model": {}, "config": {"optim": {"epochs": 150}, "compile": True}}
+    torch.save(saved, tmp_path / "step-00000001.pt")
+    assert suite.main(["started", str(tmp_path / "step-00000001.pt"), str(tmp_path / "started")]) == 0
+    assert (tmp_path / "started").read_text() == "optim.epochs=150 compile=true\n"
 
 
 def sleeping(seconds: str) -> list[Path]:
@@ -235,7 +289,9 @@ def tiny_settings(folder: Path, *more: str) -> list[str]:
 
 def test_the_images_are_decoded_once_for_all_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(suite, "seconds_of_a_step", lambda settings, runtime, dataset, *_: seen.append(dataset) or 1.0)
+    monkeypatch.setattr(
+        suite, "seconds_of_a_step", lambda settings, runtime, dataset, *_, **__: seen.append(dataset) or 1.0
+    )
     assert suite.main(["variants", str(tmp_path / "variants.json"), *tiny_settings(tmp_path)]) == 0
     assert len(seen) == 4 and all(dataset is seen[0] for dataset in seen)
 

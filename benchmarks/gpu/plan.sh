@@ -60,6 +60,7 @@ OUT=$(cd "$OUT" && pwd) STATE=$(cd "$STATE" && pwd)
 LOG=$OUT/$CALL.log
 : >"$LOG"
 export PYTHONUNBUFFERED=1
+export TORCHINDUCTOR_CACHE_DIR=$STATE/inductor # what one step has compiled, the next ones load
 
 GPU_TESTS=(tests/test_gpu.py tests/test_augmentations.py)
 CHOSEN="not (test_triton_equals_float64 and 0.2)"
@@ -154,19 +155,63 @@ call_a() {
   cp "$STATE"/step-imagenet/*.json "$OUT/step-imagenet.json" || say "no round of it was complete"
 }
 
+# Whether a command line with these words compiles the model: the last word counts.
+compiled() {
+  local word last=compile=true
+  for word; do case $word in compile=*) last=$word ;; esac; done
+  [ "$last" = compile=true ]
+}
+
+# The words of B's run into $how: of a run that is resumed the epochs it was started with, else as many as fit.
+choose() {
+  local run=$1 word epoch begin most fit
+  how=(${EPOCHS:+optim.epochs=$EPOCHS})
+  rm -f "$STATE/started" "$STATE/pace"
+  if [ -n "$(newest "$run")" ]; then
+    step "how the run was started" 30 TERM "$PYTHON" -m benchmarks.gpu.suite started "$(newest "$run")" "$STATE/started"
+    [ ! -e "$STATE/started" ] || read -r -a how <"$STATE/started"
+    how+=(${EPOCHS:+optim.epochs=$EPOCHS})
+  elif [ -z "${EPOCHS:-}" ]; then
+    # shellcheck disable=SC2046,SC2086 # many words each
+    step "an epoch's time" 100 TERM "$PYTHON" -m benchmarks.gpu.suite pace "$STATE/pace" configs/pretrain/cifar10_gpu.yaml \
+      $(train_on) $tiny
+    [ -e "$STATE/pace" ] || return
+    read -r word epoch begin most <"$STATE/pace"
+    # Starting takes some 15 seconds beside compiling; a tenth is for the probe's scores, checkpoints and chance.
+    fit=$((($(left) - reserve - begin - 15) * 900 / epoch))
+    [ "$fit" -le "$most" ] || fit=$most
+    [ "$fit" -ge 1 ] || fit=1
+    how=("$word" optim.epochs="$fit")
+    say "an epoch takes $epoch ms with $word: $fit of $most epochs are to fit"
+  fi
+}
+
+# It is stopped by TERM: the run saves and ends with status 75, and the same command resumes it. Evaluating what there
+# is has to fit into the reserve.
+train() {
+  local name=$1
+  shift
+  # shellcheck disable=SC2046 # many words
+  step "$name" $((($(left) - reserve) / FACTOR)) TERM "$PYTHON" -m simclr_ddp.pretrain configs/pretrain/cifar10_gpu.yaml \
+    $(train_on) run_dir="$run" "$@"
+}
+
 call_b() {
-  local run=$STATE/cifar10_gpu reserve=60 steps=()
+  local run=$STATE/cifar10_gpu reserve=60 steps=() how=()
   [ "$DEVICE" = cpu ] && reserve=20 steps=(optim.steps="${STEPS:-4}")
   if ! resume "$run"; then
     verdicts+=("failed    resuming: parts are missing or damaged, nothing is trained")
     return
   fi
   data
-  # It is stopped by TERM: the run saves and ends with status 75, and the same command resumes it. Evaluating what there
-  # is has to fit into the reserve.
-  # shellcheck disable=SC2046,SC2086 # many words each
-  step "training" $((($(left) - reserve) / FACTOR)) TERM "$PYTHON" -m simclr_ddp.pretrain configs/pretrain/cifar10_gpu.yaml \
-    $(train_on) run_dir="$run" ${EPOCHS:+optim.epochs=$EPOCHS} $tiny ${steps[@]+"${steps[@]}"}
+  choose "$run"
+  # shellcheck disable=SC2206 # many words
+  how=($tiny ${how[@]+"${how[@]}"} ${steps[@]+"${steps[@]}"})
+  train training ${how[@]+"${how[@]}"}
+  if [ "$status" != 0 ] && [ "$status" != 75 ] && [ -z "$(newest "$run")" ] && compiled ${how[@]+"${how[@]}"}; then
+    say "it failed before its first checkpoint: once more with compile=false"
+    train "training, not compiled" ${how[@]+"${how[@]}"} compile=false
+  fi
   if [ -e "$run/encoder.safetensors" ]; then
     evaluate "$run" loader=device
     bring_back "$run/encoder.safetensors" encoder.safetensors 0

@@ -2,6 +2,8 @@
 
 there OUT.json                       the GPU, the packages and the machine
 variants OUT.json CONFIG key=value   milliseconds of a training step as the config has it, and with one thing changed
+pace OUT CONFIG key=value            how long an epoch takes, compiled or not: a line for plan.sh
+started CHECKPOINT OUT               with which epochs and compile a run was started: arguments for plan.sh
 compare FOLDER                       the results in it beside benchmarks/gpu/predictions.json
 tiny TRAIN TEST                      two small .beton files in the form of CIFAR-10
 """
@@ -11,9 +13,9 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +27,7 @@ from torch import nn
 
 from benchmarks.loops import Training, synchronize
 from benchmarks.step_report import share_of_peak
-from simclr_ddp import beton, cli, distributed
+from simclr_ddp import beton, checkpoint, cli, distributed
 from simclr_ddp.config import Pretrain
 from simclr_ddp.data import Dataset, open_dataset
 from simclr_ddp.run import make_plan
@@ -36,11 +38,15 @@ PREDICTIONS = Path(__file__).with_name("predictions.json")
 
 def main(argv: list[str] | None = None) -> int:
     command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
-    if command == "variants" and arguments:
-        out, rest = Path(arguments[0]), arguments[1:]
-        return cli.run(lambda settings: variants(settings, out), Pretrain, "[CONFIG.yaml]", __doc__ or "", rest)
+    if command in ("variants", "pace") and arguments:
+        measure, out, rest = {"variants": variants, "pace": pace}[command], Path(arguments[0]), arguments[1:]
+        return cli.run(lambda settings: measure(settings, out), Pretrain, "[CONFIG.yaml]", __doc__ or "", rest)
     if command == "there" and len(arguments) == 1:
         there(Path(arguments[0]))
+    elif command == "started" and len(arguments) == 2:
+        config = checkpoint.load(Path(arguments[0]))["config"]
+        words = f"optim.epochs={config['optim']['epochs']} compile={str(config['compile']).lower()}"
+        Path(arguments[1]).write_text(words + "\n")
     elif command == "compare" and len(arguments) == 1:
         print(compare(Path(arguments[0])))
     elif command == "tiny" and len(arguments) == 2:
@@ -93,7 +99,8 @@ def variants(settings: Pretrain, out: Path) -> None:
             of = replace(runtime, precision=other) if changed.precision == other else runtime
             try:
                 figures[name] = {
-                    "ms": 1e3 * seconds_of_a_step(changed, of, dataset, steps, name == "channels-last off")
+                    "ms": 1e3
+                    * seconds_of_a_step(changed, of, dataset, steps, channels_first=name == "channels-last off")
                 }
             except RuntimeError as error:  # out of memory, or a compiler that fails: the others follow
                 figures[name] = {"failure": f"{type(error).__name__}: {str(error)[:500]}"}
@@ -104,29 +111,59 @@ def variants(settings: Pretrain, out: Path) -> None:
         distributed.stop()
 
 
+def pace(settings: Pretrain, out: Path) -> None:
+    """OUT holds four words of the faster way: compile=true or false, milliseconds of an epoch, seconds before its first
+    step, among them those of compiling, and the epochs of the config. It is written as soon as the first is measured.
+    """
+    runtime = setup(settings.device, settings.precision, settings.threads)
+    dataset = open_dataset(settings.data.train, "train")
+    steps, least = 30 if runtime.device.type == "cuda" else 2, float("inf")
+    try:
+        for compiled in (False, True) if settings.compile else (False,):
+            word, begin = f"compile={str(compiled).lower()}", time.perf_counter()
+            try:
+                seconds = seconds_of_a_step(
+                    replace(settings, compile=compiled), runtime, dataset, steps, with_data=True
+                )
+            except Exception as error:  # compilers raise whatever they like
+                if not compiled:
+                    raise
+                print(f"{word}: {type(error).__name__}: {str(error)[:500]}", flush=True)
+                continue
+            before = time.perf_counter() - begin - steps * seconds
+            print(f"{word}: {1e3 * seconds:.2f} ms a step, {before:.0f} s before it", flush=True)
+            if seconds < least:
+                least, epoch = seconds, seconds * make_plan(settings, dataset).steps_per_epoch
+                out.write_text(f"{word} {max(1, round(1e3 * epoch))} {round(before)} {settings.optim.epochs}\n")
+    finally:
+        distributed.stop()
+
+
 def seconds_of_a_step(
-    settings: Pretrain, runtime: Runtime, dataset: Dataset, steps: int, channels_first: bool = False
+    settings: Pretrain,
+    runtime: Runtime,
+    dataset: Dataset,
+    steps: int,
+    *,
+    channels_first: bool = False,
+    with_data: bool = False,
 ) -> float:
+    """On one batch, or `with_data` on a new one each step."""
     training = Training(settings, runtime, dataset, make_plan(settings, dataset))
     if channels_first:
         training.state.model.to(memory_format=torch.contiguous_format)
         training.state.model.encoder.register_forward_pre_hook(_contiguous)
-    with closing(training.batches(1)) as batches:
-        batch = next(batches)
-
-    def endless() -> Iterator[Any]:
-        while True:
-            yield batch
-
-    here: Any = endless()
-    for _ in range(max(3, steps // 3)):
-        training.step(here)
-    synchronize(runtime.device)
-    begin = time.perf_counter()
-    for _ in range(steps):
-        training.step(here)
-    synchronize(runtime.device)
-    return (time.perf_counter() - begin) / steps
+    warm = max(3, steps // 3)
+    with closing(training.batches(warm + steps if with_data else 1)) as batches:
+        here: Any = batches if with_data else repeat(next(batches))
+        for _ in range(warm):
+            training.step(here)
+        synchronize(runtime.device)
+        begin = time.perf_counter()
+        for _ in range(steps):
+            training.step(here)
+        synchronize(runtime.device)
+        return (time.perf_counter() - begin) / steps
 
 
 def _contiguous(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
