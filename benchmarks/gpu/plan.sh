@@ -6,20 +6,23 @@
 #     bash benchmarks/gpu/plan.sh C     configs/pretrain/cifar10_cpu.yaml and its evaluation, the step in other ways
 #
 # Anyone with one GPU can run it like that, after `make setup` and with CIFAR-10 in datasets/ (README). On a borrowed
-# machine without network, packages and data travel with the checkout: wheels in .whl/ and the two CIFAR .beton files,
+# machine that has PyTorch but no network, the rest travels with the checkout, in two folders that git ignores: .whl/
+# with wheels of the packages that are missing there and a setup.sh that installs them and sets PYTHONPATH, and .data/
+# with the two CIFAR .beton files,
 #
 #     mkdir -p .data && tar -C datasets -czf .data/cifar10.tgz cifar10-{train,test}.beton{,.json}
 #
-# and the three commands, each carrying .whl and .data, one straight after the other while the machine is warm, are
+# The commands, one straight after the other while the machine is warm, are then (without `. .whl/setup.sh &&` where all
+# packages are installed)
 #
 #     . .whl/setup.sh && SECONDS_LEFT=230 bash benchmarks/gpu/plan.sh A
-#     . .whl/setup.sh && SECONDS_LEFT=420 bash benchmarks/gpu/plan.sh B
-#     . .whl/setup.sh && SECONDS_LEFT=120 bash benchmarks/gpu/plan.sh C
+#     . .whl/setup.sh && SECONDS_LEFT=400 bash benchmarks/gpu/plan.sh B
+#     . .whl/setup.sh && bash benchmarks/gpu/plan.sh parts                    where B has paused, before C
+#     . .whl/setup.sh && SECONDS_LEFT=N bash benchmarks/gpu/plan.sh C         N: what is left of the loan, less 30
 #
-# SECONDS_LEFT is how long the call may take in all; a step that no time is left for is left out. Where B says that its
-# run is not finished, a further call brings the rest of its checkpoint back (four parts of 15 MiB come with B):
-#
-#     . .whl/setup.sh && bash benchmarks/gpu/plan.sh parts
+# SECONDS_LEFT is how long the call may take in all; a step that no time is left for is left out. B measures a step and
+# takes as many epochs as fit, at most the config's. Where it says all the same that its run is not finished, four parts
+# of 15 MiB of its checkpoint come with B, and `parts` brings the rest back: after C a machine may be gone.
 #
 # Later, the parts of all calls and the .sha256 in one folder, RESUME=FOLDER before `bash` has B resume that run. Where
 # they are more than one call can carry, some go into .data each time, and `RESUME=.data bash benchmarks/gpu/plan.sh
@@ -36,8 +39,8 @@
 # lines give the verdict and the seconds of each step; the exit status is 0 if all passed, or paused.
 #
 # DEVICE=cpu     all of it at tiny size, without a GPU: the rehearsal that the tests run
-# STATE=FOLDER   what stays on the machine between calls: /tmp/simclr_gpu_plan by default
-# EPOCHS=100     a shorter run in B than the config's
+# STATE=FOLDER   what stays on the machine between calls, runs and what was compiled: /tmp/simclr_gpu_plan by default
+# EPOCHS=100     so many in B, whether they fit or not
 # PYTHON         .venv/bin/python where there is one, else python3
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
@@ -45,7 +48,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 CALL=${1:-}
 case $CALL in
   A) default=230 ;;
-  B) default=420 ;;
+  B) default=400 ;;
   C) default=120 ;;
   parts | gather) default=60 ;;
   *) sed -n '2,/^set -u/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
