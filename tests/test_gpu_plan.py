@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import tarfile
 import time
@@ -16,23 +17,47 @@ import torch
 from benchmarks.gpu import suite
 from simclr_ddp.config import Pretrain
 from simclr_ddp.metrics import read_metrics
-from tests.processes import ROOT
+from tests.processes import ROOT, wait_for_step
 
 PLAN = ROOT / "benchmarks/gpu/plan.sh"
 
 
-def call(name: str, folder: Path, **variables: str) -> tuple[int, str, set[str]]:
-    """(exit status, output, the names of the files that come back) of a call of the plan on the CPU."""
-    out = folder / f"out-{name}"
+def start(name: str, folder: Path, **variables: str) -> subprocess.Popen[str]:
+    """A call of the plan on the CPU."""
     # As on a machine where nothing but the path is set.
     names = ("PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONPATH")
     environment = {name: os.environ[name] for name in names if name in os.environ}
-    environment |= {"DEVICE": "cpu", "OUT": str(out), "STATE": str(folder / "state"), "OMP_NUM_THREADS": "1"}
-    command = ["bash", str(PLAN), name]
-    done = subprocess.run(
-        command, env=environment | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
+    environment |= {"DEVICE": "cpu", "OUT": str(folder / f"out-{name}"), "STATE": str(folder / "state")}
+    return subprocess.Popen(
+        ["bash", str(PLAN), name],
+        env=environment | {"OMP_NUM_THREADS": "1"} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    return done.returncode, done.stdout, {path.name for path in out.iterdir()}
+
+
+def call(name: str, folder: Path, **variables: str) -> tuple[int, str, set[str]]:
+    """(exit status, output, the names of the files that come back) once it has ended."""
+    return finish(start(name, folder, **variables), folder / f"out-{name}")
+
+
+def finish(process: subprocess.Popen[str], out: Path) -> tuple[int, str, set[str]]:
+    output, _ = process.communicate(timeout=900)
+    return process.returncode, output, {path.name for path in out.iterdir()}
+
+
+def cut_off_b(folder: Path, step: int, **variables: str) -> tuple[int, str, set[str]]:
+    """B, whose training receives the signal that ends a step once it has passed the given one."""
+    process, run = start("B", folder, SECONDS_LEFT="900", **variables), folder / "state/cifar10_gpu"
+    wait_for_step(run, step + 1, process, limit=600)
+    (training,) = (
+        path
+        for path in running("simclr_ddp.pretrain")
+        if f"run_dir={run}".encode() in path.read_bytes() and not path.read_bytes().startswith(b"timeout\0")
+    )
+    os.kill(int(training.parent.name), signal.SIGTERM)
+    return finish(process, folder / "out-B")
 
 
 def promised(name: str) -> set[str]:
@@ -72,7 +97,8 @@ def test_a_run_that_is_cut_off_resumes_on_another_machine_from_the_parts_that_ca
     sizes = {"PART": "300000", "STEPS": "100000"}
     for folder in (first, second, parts):
         folder.mkdir()
-    _, output, files = call("B", first, SECONDS_LEFT="100", **sizes)  # which may be too few for evaluating
+    status, output, files = cut_off_b(first, 1, EPOCHS="150", **sizes)
+    assert status == 0, output
     assert "paused    training" in output and "the run is not finished" in output, output
     (checksum,) = (name for name in files if name.endswith(".pt.sha256"))
     name = checksum.removesuffix(".sha256")
@@ -84,12 +110,13 @@ def test_a_run_that_is_cut_off_resumes_on_another_machine_from_the_parts_that_ca
     for path in (first / "out-parts").glob("step-*"):
         path.rename(parts / path.name)
     assert call("gather", second, RESUME=str(first / "out-B"))[0] == 1, "not all parts are there"
-    _, output, _ = call("B", second, SECONDS_LEFT="100", RESUME=str(parts), **sizes)
+    reached = int(re.findall(r"\d+", name)[0])
+    _, output, _ = cut_off_b(second, reached, RESUME=str(parts), **sizes)
     assert f"{name} is there: the run resumes from it" in output and "paused    training" in output, output
+    assert "optim.epochs=150" in output, "the run's own, or it would not resume"
     with tarfile.open(second / "out-B" / "run.tgz") as archive:
         archive.extract("./metrics.jsonl", second, filter="data")
     steps = [line["step"] for line in read_metrics(second / "metrics.jsonl")]
-    reached = int(re.findall(r"\d+", name)[0])
     assert min(steps) <= reached < max(steps), "the lines before are those that the checkpoint holds"
 
 
@@ -154,14 +181,18 @@ def test_a_resumed_run_keeps_its_epochs(tmp_path: Path) -> None:
     assert (tmp_path / "started").read_text() == "optim.epochs=150 compile=true\n"
 
 
-def sleeping(seconds: str) -> list[Path]:
-    """The living processes `sleep SECONDS`."""
-    found = []
+def running(*words: str) -> list[Path]:
+    """The /proc/PID/cmdline of living processes with those words in a row."""
+    found, row = [], "\0".join(("", *words, "")).encode()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
-            if path.read_bytes() == f"sleep\0{seconds}\0".encode():
+            if row in b"\0" + path.read_bytes():
                 found.append(path)
     return found
+
+
+def sleeping(seconds: str) -> list[Path]:
+    return running("sleep", seconds)
 
 
 STEPS = """
