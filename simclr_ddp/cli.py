@@ -68,6 +68,8 @@ def run(
         status = 1
         if isinstance(error, SystemExit):
             status = error.code if isinstance(error.code, int) else 1
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
         else:
             traceback.print_exc()
     if _is_left_behind():
