@@ -71,10 +71,11 @@ def run(
         status = 1
         if isinstance(error, SystemExit):
             status = error.code if isinstance(error.code, int) else 1
-            if isinstance(error.code, str):
+        with suppress(OSError, ValueError):  # nobody reads it any more, and the end must come all the same
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+            elif isinstance(error.code, str):
                 print(error.code, file=sys.stderr)
-        else:
-            traceback.print_exc()
     if _is_left_behind():
         _end(status)
     _wait_for("metrics")
