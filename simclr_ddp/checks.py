@@ -13,6 +13,7 @@ import torch
 from simclr_ddp import checkpoint, cli, distributed
 from simclr_ddp.config import Pretrain
 from simclr_ddp.data import PREFETCH, VIEWS, Dataset, cores, usable_loader, usable_workers
+from simclr_ddp.model import Encoder
 from simclr_ddp.run import Plan
 from simclr_ddp.runtime import Runtime
 
@@ -37,12 +38,17 @@ def loss_backend(settings: Pretrain, runtime: Runtime) -> None:
     """ValueError where loss.backend=triton can't compute this run's loss. KernelInfoNCE refuses kernels by itself."""
     if settings.loss.backend != "triton":
         return
-    width = 0 if settings.head.kind == "none" else settings.head.out
+    width, of = settings.head.out, f"head.out={settings.head.out}"
+    if settings.head.kind == "none":
+        wanted = settings.model
+        with torch.device("meta"):
+            width = Encoder(wanted.arch, wanted.width, wanted.stem).width_out
+        of = f"with head.kind=none those of model.arch={wanted.arch}, model.width={wanted.width:g} have {width:,}"
     for fault, text in (
         (runtime.device.type == "cpu", "it needs a GPU, and this run is on the CPU"),
         (find_spec("triton") is None, "Triton is not installed"),
         (runtime.precision == "fp64", "it computes in float32, and precision=fp64"),
-        (width > 512, f"it takes embeddings of at most 512 numbers, and head.out={width}"),
+        (width > 512, f"it takes embeddings of at most 512 numbers, and {of}"),
     ):
         if fault:
             raise ValueError(f"loss.backend=triton: {text}; set loss.backend=tiled")

@@ -25,7 +25,9 @@ FLAGS = {
 LOST = re.compile(r"Connection (closed|reset|refused)|Broken pipe|NCCL|[Gg]loo")
 MEMORY = re.compile(r"can't allocate memory|not enough memory")
 DECODING = re.compile(r"DataLoader worker .*")
-LAST_WORDS = 60.0  # seconds that a failed rank gives the thread that writes a checkpoint
+# Seconds at most that a command that failed waits for its threads: saver's writes a checkpoint, and metrics' closes the
+# mirrors of the metrics, which may try to reach a server.
+LAST_WORDS = {"checkpoint": 60.0, "metrics": 15.0}
 
 
 def main_rank() -> bool:
@@ -64,14 +66,19 @@ def run(
         status = _run(command, cls, usage, about, argv, flags)
     except BaseException as error:
         if not _is_left_behind():
+            _wait_for("metrics")
             raise
         status = 1
         if isinstance(error, SystemExit):
             status = error.code if isinstance(error.code, int) else 1
-        else:
-            traceback.print_exc()
+        with suppress(OSError, ValueError):  # nobody reads it any more, and the end must come all the same
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+            elif isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
     if _is_left_behind():
         _end(status)
+    _wait_for("metrics")
     return status
 
 
@@ -81,12 +88,19 @@ def _is_left_behind() -> bool:
     return distributed is not None and distributed.is_left_behind()
 
 
-def _end(status: int) -> NoReturn:
-    """End the process now, once a checkpoint that is being written is on the disk, or a minute has passed."""
-    end = time.monotonic() + LAST_WORDS
+def _wait_for(name: str) -> None:
+    """Wait for the threads of that name as long as LAST_WORDS says."""
+    end = time.monotonic() + LAST_WORDS[name]
     for thread in threading.enumerate():
-        if thread.name == "checkpoint":  # of simclr_ddp.saver
+        if thread.name == name:
             thread.join(max(0, end - time.monotonic()))
+
+
+def _end(status: int) -> NoReturn:
+    """End the process now, once a checkpoint that is being written is on the disk and the metrics are closed, or their
+    time has passed."""
+    for name in LAST_WORDS:
+        _wait_for(name)
     for child in multiprocessing.active_children():
         child.kill()  # those that decode images
     for stream in (sys.stdout, sys.stderr):

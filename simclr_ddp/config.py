@@ -181,7 +181,9 @@ class Pretrain:
     device: str = option("auto", "auto takes CUDA where there is one", ("auto", "cuda", "cpu"))
     precision: str = option("auto", "auto: bf16 where the processor has it", ("auto", "bf16", "fp16", "fp32", "fp64"))
     threads: int = option(0, "CPU threads per rank; 0 shares the cores among the ranks here", low=0, high=1024)
-    timeout: float = option(600, "seconds after which ranks that are silent, or don't move, end the run", low=3)
+    timeout: float = option(
+        600, "seconds after which ranks that don't move, or after 120 are silent, end the run", low=3
+    )
     compile: bool = option(False, "torch.compile model and augmentation: other roundings")
     data: Data = section(Data)
     model: Model = section(Model)

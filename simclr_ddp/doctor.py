@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from simclr_ddp import checkpoint, cli, device_loader
+from simclr_ddp import checkpoint, cli, device_loader, p_distance, tiled
 from simclr_ddp.checks import Finding, machine, memory, recipe
 from simclr_ddp.config import Doctor, Pretrain
 from simclr_ddp.data import VIEWS, Dataset, describe_loader, open_dataset, usable_loader, usable_workers
+from simclr_ddp.losses import MIXTURES, tile_kernel
 from simclr_ddp.model import Encoder, SimCLR, projection_head
 from simclr_ddp.pretrain import make_augmentation, make_batches, make_objective
 from simclr_ddp.run import Plan, default_run_dir, make_plan
@@ -72,7 +73,7 @@ def examine(settings: Doctor) -> Iterator[Finding]:
         yield from guarded(recipe, settings, plan)
     yield from guarded(room, settings)
     if settings.device != "cpu":
-        yield from guarded(gpu_memory, settings, ranks)
+        yield from guarded(gpu_memory, settings, ranks, dataset)
         yield from guarded(arithmetic, settings, ranks)
     if plan is not None and settings.doctor.steps:
         yield from guarded(duration, settings, dataset, plan)
@@ -226,12 +227,34 @@ def activation_bytes(settings: Pretrain, low: bool = True) -> int:
     return (of_views(6) - of_views(2)) // 4
 
 
-def gpu_memory(settings: Pretrain, ranks: int) -> Finding:
+# Tiles that exist at a time, embeddings of up to a sixteenth of one among them: counted, test_doctor.py.
+AT_WORK = {"cosine": 4, "simple_sum": 9, "concat_sum": 10, "arccos": 11}
+
+
+def loss_bytes(settings: Pretrain, ranks: int) -> int:
+    """What the loss takes on a GPU at most: tiles at work, and those that it keeps for the backward pass."""
+    objective, n = make_objective(settings).objective, settings.optim.global_batch_size
+    if objective.kernel == "spectral" or objective.backend == "triton":
+        return 0  # there are no tiles
+    areas = [tile.area for tile in tiled.tiles(n, n, 0, True, 0, ranks, tiled.GPU)]
+    number = 8 if settings.precision == "fp64" else 4
+    largest, whole = number * max(areas), number * sum(areas)
+    if objective.distance_p != 2:
+        return 8 * largest + 4 * number * min(p_distance.GPU_BLOCK, max(areas) * settings.head.out)
+    mixed = objective.kernel in MIXTURES and objective.mix_level == "loss"
+    kept = whole if (mixed or tile_kernel(objective).keeps) and whole <= tiled.GPU.kept else 0
+    return AT_WORK.get("" if mixed else objective.kernel, 5) * largest + (2 if mixed else 1) * kept
+
+
+def gpu_memory(settings: Pretrain, ranks: int, dataset: Dataset | None = None) -> Finding:
     """A prediction, and where there is a GPU, whether that fits into it."""
     share = (settings.optim.micro_batch_size or settings.optim.global_batch_size) // ranks
     low = settings.precision in ("auto", "bf16", "fp16")
     views = VIEWS * share * activation_bytes(settings, low)
     wanted = views + 2 * checkpoint_bytes(settings) + 1_500_000_000  # gradients, averages; libraries and workspace
+    wanted += loss_bytes(settings, ranks)
+    if settings.data.loader == "device" and dataset is not None and dataset.images is not None:
+        wanted += device_loader.kept_bytes(dataset.images, settings.data.size)
     total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     there = f" of {total / 1e9:.1f} GB" if total is not None else ""
     text = f"about {wanted / 1e9:.1f} GB{there} of GPU memory per process, {views / 1e9:.1f} GB of them activations"

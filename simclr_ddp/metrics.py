@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -85,12 +86,23 @@ class MetricsLog:
         os.fsync(self._file.fileno())
         return True
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(failed))
+
+    def close_failed(self) -> None:
+        """Close the log of a run that failed, in a thread that `cli.run` waits for, but not for ever."""
+
+        def close() -> None:
+            try:
+                self.close(failed=True)
+            except Exception as error:
+                warn(f"the mirrors of {self._path} are not closed: {type(error).__name__}: {str(error)[:200]}")
+
+        threading.Thread(target=close, name="metrics", daemon=True).start()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

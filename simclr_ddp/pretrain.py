@@ -119,7 +119,8 @@ def train(
     report = Reporter(log, start, plan.total_steps, n, device, runtime.precision == "fp16")
     save = make_saver(settings, plan, state, report, identity(settings, runtime, dataset))
 
-    with stop_signals() as told_to_stop, watching(settings.timeout), closing(batches):
+    failures = report.closed_by_failures()
+    with stop_signals() as told_to_stop, failures, watching(settings.timeout), closing(batches):
         for step in range(start, plan.total_steps):
             epoch, last_of_epoch = step // plan.steps_per_epoch, (step + 1) % plan.steps_per_epoch == 0
             due = (step + 1) % settings.log.every_steps == 0 or last_of_epoch or step + 1 == plan.total_steps

@@ -127,6 +127,17 @@ class Reporter:
         if self._log is not None:
             self._log.close()
 
+    @contextmanager
+    def closed_by_failures(self) -> Iterator[None]:
+        """Whatever is raised within closes the metrics and their mirrors, without waiting for them."""
+        try:
+            yield
+        except BaseException:
+            self._progress.close()
+            if self._log is not None:
+                self._log.close_failed()
+            raise
+
     def _write(self) -> bool:
         pending = self._reader.read()
         if pending is None:

@@ -140,6 +140,10 @@ class Tile(NamedTuple):
     own: list[int]
     mirrored: bool
 
+    @property
+    def area(self) -> int:
+        return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
+
 
 Run = tuple[int, int, int]  # view, and images from and to
 
@@ -362,7 +366,7 @@ class _Pairs:
         backward pass."""
         kernel, ranks = self.problem.kernel, self.problem.ranks
         rows, columns = self._sides()
-        direct, all_pairs = self._is_direct(rows, columns), sum(map(_area, self.tiles))
+        direct, all_pairs = self._is_direct(rows, columns), sum(tile.area for tile in self.tiles)
         keep = keep and direct and kernel.keeps and all_pairs * self.z.element_size() <= self.sizes.kept
         kept = buffers.take("kept", all_pairs, self.z) if keep else None
         sums = self.z.new_full((rows.z.shape[-2],), 0 if direct else -math.inf)
@@ -466,7 +470,7 @@ class _Pairs:
     @contextmanager
     def _scratch(self, count: int) -> Iterator[tuple[Tensor, ...]]:
         """So many buffers, each large enough for any tile."""
-        numbers = max(map(_area, self.tiles), default=0)
+        numbers = max((tile.area for tile in self.tiles), default=0)
         with buffers.lent(count * numbers, self.z) as buffer:
             yield buffer.view(count, numbers).unbind()
 
@@ -504,12 +508,8 @@ def _vectors(z: Tensor, centre: Tensor | None = None, narrow: bool = False) -> V
     return Vectors(flat, flat.square().sum(dim=-1), factors.bfloat16() if narrow else factors)
 
 
-def _area(tile: Tile) -> int:
-    return (tile.rows.stop - tile.rows.start) * (tile.columns.stop - tile.columns.start)
-
-
 def _shaped(buffer: Tensor, tile: Tile) -> Tensor:
-    return buffer[: _area(tile)].view(tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start)
+    return buffer[: tile.area].view(tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start)
 
 
 def _places(tiles: list[Tile], kept: Tensor | None) -> Iterator[Tensor | None]:
@@ -517,4 +517,4 @@ def _places(tiles: list[Tile], kept: Tensor | None) -> Iterator[Tensor | None]:
     start = 0
     for tile in tiles:
         yield None if kept is None else _shaped(kept[start:], tile)
-        start += _area(tile)
+        start += tile.area

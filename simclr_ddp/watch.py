@@ -3,9 +3,10 @@
 Each rank runs a thread that writes a heartbeat into the store of the process group. A heartbeat counts itself, the
 steps and the collectives that were begun. Rank 0 reads all of them, judges, and publishes its verdict in its own; the
 others read that of rank 0, so that the store answers a number of questions that grows as the number of ranks, not as
-its square. What is noticed, within the limit: a rank whose thread is silent (stopped, or its machine is gone; the
-others notice that of rank 0), and ranks that all make no progress (one waits for what another will never send). A store
-that can't be reached, or does not answer, is the end of the launcher, or of rank 0.
+its square. What is noticed: within two minutes, or the limit if that is shorter, a rank whose thread is silent
+(stopped, or gone, or its machine is; the others notice that of rank 0); within the limit, ranks that all make no
+progress (one waits for what another will never send), and a rank that never began. A store that can't be reached, or
+does not answer, is the end of the launcher, or of rank 0.
 """
 
 import json
@@ -21,6 +22,10 @@ from typing import Any
 from simclr_ddp import distributed
 from simclr_ddp.cli import LOST
 
+# Seconds without a heartbeat, at most, after which a rank has gone: a heartbeat, unlike a step, does not take longer
+# where the work is large. Under NCCL nothing else tells of a rank that has gone: the others wait for it in their next
+# collective.
+SILENCE = 120.0
 GO_ON = "the same command goes on from the last checkpoint"
 
 
@@ -151,7 +156,7 @@ class Post:
 
     def __init__(self, store: Any, rank: int, world_size: int, limit: float, soon: float) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
-        self._limit, self._soon = limit, soon
+        self._soon = soon
         self._judge = Judge(world_size, limit)
         self._leader, self._begun = 0, {rank}  # ranks whose entry is known to be in the store
         self._suspect = ""
@@ -171,16 +176,16 @@ class Post:
             self._judge.hear([self._leader], heard, now)
             told = heard.get(self._leader, {})
             self._suspect = told.get("suspect", "")
-            return told.get("verdict", "") or self._judge.silent(self._limit, now)
+            return told.get("verdict", "") or self._judge.silent(now)
         others = [rank for rank in range(self._world_size) if rank != self._rank]
         verdict = self._judge.look({self._rank: own} | self._read(others), now)
-        self._suspect = self._judge.silent(self._soon, now)
+        self._suspect = self._judge.silent(now, self._soon)
         self._write(own | {"verdict": verdict, "suspect": self._suspect})
         return verdict
 
     def suspect(self, now: float) -> str:
         """The rank that has probably gone, in a sentence; "" if none is known."""
-        return self._judge.silent(self._soon, now) or self._suspect
+        return self._judge.silent(now, self._soon) or self._suspect
 
     def _write(self, own: dict[str, Any]) -> None:
         if self._store is not None:
@@ -202,7 +207,7 @@ class Judge:
     """Tells from heartbeats, and when they changed, who is at fault. Plain values, no clock of its own."""
 
     def __init__(self, world_size: int, limit: float) -> None:
-        self._world_size, self._limit = world_size, limit
+        self._world_size, self._limit, self._silence = world_size, limit, min(limit, SILENCE)
         self._seen: dict[int, tuple[Any, float]] = {}  # rank -> (heartbeat, when it last changed)
         self._moved: tuple[Any, float] | None = None  # (progress of all ranks, when it last changed)
         self._looked: float | None = None
@@ -211,7 +216,7 @@ class Judge:
     def look(self, beats: dict[int, dict[str, Any]], now: float) -> str:
         """What is wrong, in a sentence; "" if nothing is. beats: rank -> {beat, step, count, what}"""
         self.hear(range(self._world_size), beats, now)
-        silent = self.silent(self._limit, now)
+        silent = self.silent(now)
         if silent:
             return silent
         progress = {rank: beat["count"] for rank, beat in beats.items()}
@@ -234,7 +239,7 @@ class Judge:
 
     def hear(self, ranks: Iterable[int], beats: dict[int, dict[str, Any]], now: float) -> None:
         """Remember when the heartbeats of those ranks last changed; one that is not in `beats` has not begun."""
-        if self._looked is not None and now - self._looked > self._limit / 2:
+        if self._looked is not None and now - self._looked > self._silence / 2:
             self._seen, self._moved = {}, None  # it was this rank, or the whole machine, that stood still
         self._looked = now
         seen = {}
@@ -244,10 +249,14 @@ class Judge:
             seen[rank] = before if before is not None and before[0] == beat else (beat, now)
         self._beats, self._seen = beats, seen  # at once: another thread may ask who is silent
 
-    def silent(self, limit: float, now: float) -> str:
-        """The first rank that has been silent for longer than so many seconds, in a sentence; "" if none has."""
+    def silent(self, now: float, limit: float | None = None) -> str:
+        """The first rank that has been silent for too long, in a sentence; "" if none has.
+
+        limit  seconds; by default SILENCE, and the whole limit for one that never began: it may still be preparing
+        """
         for rank, (beat, since) in sorted(self._seen.items()):
-            if beat != -1 and now - since > limit:
+            most = limit or (self._silence if rank in self._beats else self._limit)
+            if beat != -1 and now - since > most:
                 where = f"last seen at {_place(self._beats[rank])}" if rank in self._beats else "it never began"
                 return f"rank {rank} has been silent for {now - since:.0f} s; {where}"
         return ""

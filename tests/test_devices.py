@@ -189,7 +189,7 @@ def predicted_and_taken(device: str, **given: Any) -> tuple[float, float]:
         state.step(skip=~loss.isfinite())
     taken = torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
     activations = doctor.activation_bytes(wanted, wanted.precision in ("bf16", "fp16"))
-    return VIEWS * n * activations + 2 * doctor.checkpoint_bytes(wanted), taken
+    return VIEWS * n * activations + 2 * doctor.checkpoint_bytes(wanted) + doctor.loss_bytes(wanted, 1), taken
 
 
 def test_memory_is_predicted_at_all() -> None:

@@ -99,6 +99,7 @@ print(cli.run(command, WriteDataset, "SOURCE OUT", "", sys.argv[1:]))
         ("OSError('the disk is full')", 2, "error: the disk is full (--debug shows where)"),
         ("KeyError('a bug')", 1, "KeyError: 'a bug'"),
         ("SystemExit(3)", 3, ""),
+        ("SystemExit('a library gives up')", 1, "a library gives up"),
     ],
 )
 def test_the_end_after_an_error_waits_for_a_checkpoint_and_nothing_else(

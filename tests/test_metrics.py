@@ -1,7 +1,10 @@
 """metrics.jsonl over restarts, its mirrors, and the progress lines."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,6 +170,67 @@ def test_wandb_offline_holds_the_same_values(tmp_path: Path, monkeypatch: pytest
             mirrored.append({"step": items.pop("_step")} | {k: v for k, v in items.items() if not k.startswith("_")})
     assert mirrored == read_metrics(run_dir / "metrics.jsonl") == [line_of(s) for s in range(1, 5)]
     assert config["seed"] == 0
+
+
+FAILS = """
+import sys, time
+from pathlib import Path
+from simclr_ddp import cli, distributed, metrics
+from simclr_ddp.config import Log, WriteDataset
+from simclr_ddp.report import Reporter
+cli.LAST_WORDS["metrics"] = LIMIT
+
+def command(settings):
+    distributed.start_here(0, 1, settings.source)
+    distributed.met = IN_A_GROUP
+    log = metrics.MetricsLog(Path(settings.out), 0, Log(wandb=True, tensorboard=True), {})
+    report = Reporter(log, 0, 10, 4, distributed.torch.device("cpu"), False)
+    with report.closed_by_failures():
+        log.write({"step": 1, "loss": 0.5})
+        CHANGED
+        raise ValueError("it fails")
+
+sys.exit(cli.run(command, WriteDataset, "SOURCE OUT", "", sys.argv[1:]))
+"""
+
+
+def failed(tmp_path: Path, **changes: str) -> tuple[int, str, Path]:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    code = FAILS
+    for name, value in changes.items():
+        code = code.replace(name, value)
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    command = [sys.executable, "-c", code, str(tmp_path / "store"), str(run_dir)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr, run_dir
+
+
+@pytest.mark.parametrize("in_a_group", [True, False])
+def test_the_mirrors_of_a_run_that_fails_are_closed(in_a_group: bool, tmp_path: Path) -> None:
+    """Also where a rank ends without Python's own end; W&B has it as failed."""
+    pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
+    format_of = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    status, told, run_dir = failed(tmp_path, LIMIT="60", IN_A_GROUP=str(in_a_group), CHANGED="pass")
+    assert status == 2 and told.splitlines()[0].startswith("error: it fails"), told
+    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    last, end = None, time.monotonic() + 30
+    while (last is None or last.WhichOneof("record_type") != "exit") and time.monotonic() < end:
+        time.sleep(0.1)
+        last = next(reversed([format_of.Record.FromString(content) for content in wandb_records(file)]), None)
+    assert last is not None and last.WhichOneof("record_type") == "exit" and last.exit.exit_code == 1
+    (events,) = (run_dir / "tensorboard").iterdir()
+    assert b"loss" in events.read_bytes()
+
+
+def test_mirrors_that_hang_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
+    hangs = "log._wandb.finish(); log._wandb.finish = lambda **_: time.sleep(1000)"
+    status, told, run_dir = failed(tmp_path, LIMIT="1", IN_A_GROUP="True", CHANGED=hangs)
+    assert status == 2 and told.splitlines()[0].startswith("error: it fails"), told
+    assert [line["step"] for line in read_metrics(run_dir / "metrics.jsonl")] == [1]
 
 
 def test_a_mirror_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

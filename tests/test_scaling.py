@@ -1,14 +1,18 @@
 """docs/scaling.md: its counts are the code's, and its table is its formula's."""
 
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from simclr_ddp import config, doctor
+from simclr_ddp import KernelInfoNCE, config, doctor, tiled
 from simclr_ddp.config import Pretrain
+from tests.test_doctor import Live
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "scaling.md").read_text()
@@ -82,3 +86,25 @@ def test_the_counts_are_those_of_the_code(name: str) -> None:
     assert doctor.activation_bytes(settings) / 2**20 == pytest.approx(model.kept, rel=0.03)
     row = f"| {model.parameters:,} | {model.layers} | {model.channels:,} | {model.gflop} | {model.kept} |"
     assert row in PAGE, row
+
+
+def test_rank_0_of_512() -> None:
+    """In a fake process group, whose all-gather gives each rank's place the same embeddings."""
+    areas = [tile.area for tile in tiled.tiles(32_768, 32_768, 0, True, 0, 512)]
+    text = " ".join(PAGE.split())
+    told = f"{len(areas)} tiles of pairs, the largest of {max(areas):,}, together {sum(areas):,} pairs"
+    assert f"{told}, which is {sum(areas) / (65_536**2 / 512):.4f} of (2 N)² / W" in text
+    peaks = []
+    dist.init_process_group("fake", rank=0, world_size=512, store=FakeStore())
+    try:
+        for kernel in ("cosine", "laplacian"):
+            tiled.buffers.idle.clear()
+            generator = torch.Generator().manual_seed(0)
+            y_a, y_b = (torch.randn(64, 128, generator=generator).requires_grad_() for _ in range(2))
+            with Live() as live:
+                KernelInfoNCE(kernel)(y_a, y_b).backward()
+            peaks.append(live.peak / 2**20)
+    finally:
+        dist.destroy_process_group()
+    held = re.search(r"held (\d+) MiB \(cosine\) and (\d+) MiB \(Laplacian\) of tensors", text)
+    assert held is not None and peaks == pytest.approx([float(number) for number in held.groups()], rel=0.05)

@@ -130,7 +130,13 @@ def test_kernels_that_it_lacks_are_refused_at_once(settings: dict, names: str) -
         ({}, "cpu", "it needs a GPU, and this run is on the CPU"),
         ({"head.out": 513}, "cuda", "it takes embeddings of at most 512 numbers, and head.out=513"),
         ({"precision": "fp64"}, "cuda", "it computes in float32, and precision=fp64"),
-        ({"head.kind": "none", "head.out": 1024}, "cuda", ""),
+        ({"head.kind": "none", "head.out": 1024}, "cuda", ""),  # the encoder's 256 count
+        (
+            {"head.kind": "none", "model.arch": "resnet50", "model.width": 1.0},
+            "cuda",
+            "it takes embeddings of at most 512 numbers, and with head.kind=none those of model.arch=resnet50, "
+            "model.width=1 have 2,048",
+        ),
     ],
 )
 def test_a_run_that_it_cannot_compute_does_not_start(arguments: dict, device: str, says: str) -> None:

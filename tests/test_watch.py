@@ -56,6 +56,24 @@ def test_a_rank_that_never_began() -> None:
     assert min(told) == 12 and told[12].startswith("rank 1 has been silent") and "never began" in told[12]
 
 
+def test_silence_is_told_within_two_minutes_and_all_else_at_the_limit() -> None:
+    """A step may take as long as the limit, and so may what a rank does before its first heartbeat."""
+    slow = {"count": lambda s: s // 590, "step": lambda s: s // 590}
+    frozen = {"beat": lambda s: min(s, 20), "step": lambda s: min(s, 20)}
+    assert verdicts(beats(r0=slow, r1=slow, r2=slow), 1200, limit=600) == {}
+    told = verdicts(beats(r0=slow, r1=slow | frozen, r2=slow), 200, limit=600)
+    assert min(told) == 141 and told[141].startswith("rank 1 has been silent for 121 s; last seen at step 20")
+
+    def late(second: int) -> dict[int, dict[str, Any]]:
+        return {rank: beat for rank, beat in beats()(second).items() if rank != 1 or second > 590}
+
+    assert verdicts(late, 700, limit=600) == {}
+    world = Posts(8, limit=600)
+    world.seconds(range(1, 5))
+    world.seconds(range(5, 127), silent=0)
+    assert set(world.ended.values()) == {"rank 0 has been silent for 121 s; last seen at step 4, forward"}
+
+
 def test_ranks_that_wait_for_each_other_for_ever() -> None:
     """All threads beat, no rank moves: the one that is behind is named."""
     stuck = {"count": lambda s: min(4 * s, 80), "step": lambda s: min(s, 20)}
@@ -84,6 +102,16 @@ def test_a_machine_that_slept_accuses_nobody() -> None:
     assert judge.look(at(1), 1) == judge.look(at(2), 2) == ""
     assert judge.look(at(2), 3000) == "", "all ranks were stopped, this one too"
     assert judge.look(at(3), 3001) == ""
+
+
+@pytest.mark.parametrize("pause", [55, 65, 115, 130, 250])
+def test_a_pause_of_all_ranks_accuses_nobody(pause: int) -> None:
+    """However long it is, and though the others wake a little later."""
+    judge, at = Judge(3, 600), beats()
+    assert judge.look(at(1), 1) == judge.look(at(2), 2) == ""
+    for second in range(5):
+        assert judge.look(at(2), 2 + pause + second) == ""
+    assert judge.look(at(3), 7 + pause) == ""
 
 
 def test_a_rank_that_has_left_is_not_missed() -> None:
