@@ -349,7 +349,6 @@ def test_autocast_changes_nothing() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_agrees_and_never_waits() -> None:
     images, draws = bytes_and_draws(64, 32)
