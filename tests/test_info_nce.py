@@ -251,16 +251,17 @@ def collectives(name: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "parts"), [("cosine", 1), ("simple_sum, loss level", 2), ("concat_sum, loss level", 2), ("spectral", 0)]
+    ("name", "parts", "shifted"),
+    [("cosine", 1, 0), ("simple_sum, loss level", 2, 1), ("concat_sum, loss level", 2, 0), ("spectral", 0, 0)],
 )
-def test_embeddings_are_gathered_once(name: str, parts: int, ranks: Ranks) -> None:
+def test_embeddings_are_gathered_once(name: str, parts: int, shifted: int, ranks: Ranks) -> None:
     """Defect K5: others gather twice, and again for every part of a mixture.
 
-    Beside it each part sends one number per view in either pass: sums forward, their gradients backward. The spectral
-    loss has no parts.
+    Beside it each part sends one number per view in either pass: sums forward, their gradients backward. Where sums
+    need a shift, one more forward: the maximum. The spectral loss has no parts.
     """
     for forward, backward in ranks.run(2, collectives, name):
-        assert forward == ["gloo:all_gather"] + ["gloo:all_reduce"] * parts
+        assert forward == ["gloo:all_gather"] + ["gloo:all_reduce"] * (parts + shifted)
         assert backward == ["gloo:all_gather"] * parts + ["gloo:all_reduce"] * max(parts, 1)
 
 
@@ -313,11 +314,12 @@ def test_untrained_and_attainable_loss(name: str) -> None:
 def test_every_setting_reaches_the_objective() -> None:
     given = {"kernel": "simple_sum", "temperature": 0.3, "gamma": 1.5, "mix_weight": 0.4, "mix_level": "loss"}
     given |= {"second_temperature": 0.7, "order": 2, "radius": 3.0, "norm_p": 4.0, "precision": "bf16"}
-    given |= {"distance_p": 2.0, "backend": "triton"}
+    given |= {"distance_p": 2.0, "backend": "tiled"}
     assert {*given, "gather"} == set(inspect.signature(KernelInfoNCE).parameters)
     wanted = {k: v for k, v in given.items() if k != "radius"} | {"squared_radius": 9.0}
     assert KernelInfoNCE(**given).objective == Objective(**wanted)  # type: ignore[arg-type]
     assert KernelInfoNCE("laplacian", distance_p=3.0).objective == Objective("laplacian", distance_p=3.0)
+    assert KernelInfoNCE("laplacian", backend="triton").objective == Objective("laplacian", backend="triton")
 
 
 @pytest.mark.parametrize("radius", [2, 2.0, np.float32(2), np.float64(2), np.int64(2)])

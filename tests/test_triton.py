@@ -53,7 +53,7 @@ def worst(found: dict[str, float], *names: str) -> float:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_equals_float64(name: str, case: str, errors: Errors) -> None:
-    assert worst(errors[f"{name}: {case}"]) < 4e-6
+    assert worst(errors[f"{name}: {case}"]) < 6e-6  # 4.2e-6 without AVX-512
 
 
 @needs_triton
@@ -68,7 +68,7 @@ def test_equals_float64_at_low_temperature(name: str, case: str, errors: Errors)
 @pytest.mark.parametrize("name", ["cosine", "laplacian"])
 def test_many_blocks_and_widths(name: str, errors: Errors) -> None:
     for case in ("100 images, width 100", "17 images, width 300", "blocks"):
-        assert worst(errors[f"{name}: {case}"]) < 4e-6
+        assert worst(errors[f"{name}: {case}"]) < 6e-6  # 4.2e-6 without AVX-512
 
 
 @needs_triton
