@@ -14,9 +14,8 @@ demo: setup
 test: setup
 	.venv/bin/python -m pytest -m "not slow and not slurm"
 
-# The plan of a borrowed GPU comes first: CI may not have the time for all.
 test-slow: setup
-	.venv/bin/python -m pytest -m "slow and not slurm" tests/test_gpu_plan.py tests
+	.venv/bin/python -m pytest -m "slow and not slurm"
 
 # On a real SLURM, which SIMCLR_SLURM_DIR stands for; without one they are skipped.
 test-slurm: setup
