@@ -182,7 +182,7 @@ class Pretrain:
     precision: str = option("auto", "auto: bf16 where the processor has it", ("auto", "bf16", "fp16", "fp32", "fp64"))
     threads: int = option(0, "CPU threads per rank; 0 shares the cores among the ranks here", low=0, high=1024)
     timeout: float = option(
-        600, "seconds after which ranks that don't move, or after 120 are silent, end the run", low=3
+        600, "seconds without progress after which the run ends; a silent rank ends it after 120 at most", low=3
     )
     compile: bool = option(False, "torch.compile model and augmentation: other roundings")
     data: Data = section(Data)
