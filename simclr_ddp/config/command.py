@@ -1,5 +1,6 @@
-"""What every command shares: its arguments, --help, and one-line errors."""
+"""The part that all commands share: arguments, --help, and one-line errors."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -12,40 +13,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from simclr_ddp import config
+from simclr_ddp import __version__
+from simclr_ddp.config import options
+from simclr_ddp.system import ranks
+from simclr_ddp.system.console import end_bars, main_rank, printable, say, shown
+from simclr_ddp.system.errors import DECODING, LOST, MEMORY, one_line
+from simclr_ddp.system.signals import PAUSED, explain_bus_errors
 
 FLAGS = {
     "--help": "print this text",
     "--debug": "show the traceback of an error",
     "--dry-run": "print the resolved config and stop",
+    "--version": "print the version of simclr_ddp",
 }
 
 
-# In the errors of a collective whose other ranks have gone.
-LOST = re.compile(r"Connection (closed|reset|refused)|Broken pipe|NCCL|[Gg]loo")
-MEMORY = re.compile(r"can't allocate memory|not enough memory")
-DECODING = re.compile(r"DataLoader worker .*")
-# Seconds at most that a command that failed waits for its threads: saver's writes a checkpoint, and metrics' closes the
-# mirrors of the metrics, which may try to reach a server.
-LAST_WORDS = {"checkpoint": 60.0, "metrics": 15.0}
+# The most seconds that a failed command waits for its threads: "checkpoint" writes a checkpoint, and "metrics" closes
+# the mirrors of the metrics, which may try to reach a server.
+THREAD_SECONDS = {"checkpoint": 60.0, "metrics": 15.0}
 
 
-def main_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(text: str) -> None:
-    """Print a line on rank 0, now."""
-    if main_rank():
-        print(text, flush=True)
-
-
-def warn(text: str | None) -> None:
-    """Print a warning, if there is one, on rank 0's stderr, now."""
-    if text and main_rank():
-        print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
+@shown()
 def run(
     command: Callable[[Any], int | None],
     cls: type,
@@ -57,54 +45,50 @@ def run(
     """Parse the arguments of a command into its config, run it, and return the exit status.
 
     usage  names its positional arguments in order, for example "[CONFIG.yaml]" or "SOURCE OUT"; a name in capitals
-           fills the option of that name in lower case, CONFIG.yaml is a file of options.
-    flags  the command's own, with their meanings; it looks for them itself
-    A ValueError or OSError is the user's: one line on stderr and status 2. A command that fails as one of several ranks
-    ends the process here, with the same status: what Python and torch do at their end may wait for the other ranks.
+           fills the option of that name in lower case, CONFIG.yaml is a file of options. After "--", which the command
+           itself looks for, it is only shown.
+    flags  further flags of the command, with their meanings; the command itself looks for them
+    Messages of the package are shown meanwhile. A ValueError or OSError is the user's error: it gives one line on
+    stderr and status 2. A command that fails as one of several ranks ends the process here, with the same status,
+    because the exit of Python and torch may wait for the other ranks.
     """
+    explain_bus_errors()
     try:
         status = _run(command, cls, usage, about, argv, flags)
     except BaseException as error:
-        if not _is_left_behind():
+        if not ranks.is_left_behind():
             _wait_for("metrics")
             raise
         status = 1
         if isinstance(error, SystemExit):
             status = error.code if isinstance(error.code, int) else 1
-        with suppress(OSError, ValueError):  # nobody reads it any more, and the end must come all the same
+        with suppress(OSError, ValueError):  # stderr may be closed, and the process must end all the same
             if not isinstance(error, SystemExit):
                 traceback.print_exc()
             elif isinstance(error.code, str):
                 print(error.code, file=sys.stderr)
-    if _is_left_behind():
+    if ranks.is_left_behind():
         _end(status)
     _wait_for("metrics")
     return status
 
 
-def _is_left_behind() -> bool:
-    """Whether a command has ended within the ranks' process group: it failed, or it would have left that."""
-    distributed = sys.modules.get("simclr_ddp.distributed")
-    return distributed is not None and distributed.is_left_behind()
-
-
 def _wait_for(name: str) -> None:
-    """Wait for the threads of that name as long as LAST_WORDS says."""
-    end = time.monotonic() + LAST_WORDS[name]
+    """Wait for the threads of that name, for at most the seconds in THREAD_SECONDS."""
+    end = time.monotonic() + THREAD_SECONDS[name]
     for thread in threading.enumerate():
         if thread.name == name:
             thread.join(max(0, end - time.monotonic()))
 
 
 def _end(status: int) -> NoReturn:
-    """End the process now, once a checkpoint that is being written is on the disk and the metrics are closed, or their
-    time has passed."""
-    for name in LAST_WORDS:
+    """End the process, after waiting for limited time until the checkpoint is written and the metrics are closed."""
+    for name in THREAD_SECONDS:
         _wait_for(name)
     for child in multiprocessing.active_children():
-        child.kill()  # those that decode images
+        child.kill()  # processes that decode images
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody reads it any more
+        with suppress(OSError, ValueError):  # the stream may be closed
             stream.flush()
     os._exit(status)
 
@@ -125,11 +109,17 @@ def _run(
         if "--help" in arguments or "-h" in arguments:
             say(_help(cls, usage, about, known))
             return 0
+        if "--version" in arguments:
+            say(f"simclr_ddp {__version__}")
+            return 0
         settings = parse(arguments, cls, usage, known)
         if "--dry-run" in arguments and "--dry-run" not in own:
-            say(config.to_yaml(settings))
+            say(options.to_yaml(settings))
             return 0
-        return command(settings) or 0
+        status = command(settings) or 0
+        if status == PAUSED:
+            _notify_launcher("not a failure: the run is paused, and the same command resumes it")
+        return status
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
@@ -137,75 +127,97 @@ def _run(
             traceback.print_exc()
         _report(str(error), alone=isinstance(error, ConnectionError))
         return 2
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ImportError) as error:  # a library may not fit into memory
         if debug:
             raise
         on_gpu = type(error).__name__ == "OutOfMemoryError"
         if on_gpu or isinstance(error, MemoryError) or MEMORY.search(str(error)):
-            told = " ".join(str(error).split())
             _report(
-                f"out of {'GPU memory' if on_gpu else 'memory'} ({told[:80]} ...): more processes, "
+                f"out of {'GPU memory' if on_gpu else 'memory'} ({one_line(error, 80)} ...): use more processes, "
                 "optim.micro_batch_size (the same negatives, fewer images at once), a smaller data.size, or "
-                "precision=bf16 takes less; simclr_ddp.doctor predicts it",
+                "precision=bf16; simclr_ddp.doctor predicts the memory",
                 alone=True,
             )
             return 2
         if found := DECODING.search(str(error)):
             _report(
-                f"a decoding process has gone ({found[0][:100]}): often the machine's memory or /dev/shm is full; "
-                "fewer data.workers take less, and the same command goes on",
+                f"a decoding process has gone ({found[0][:100]}): often the machine's memory or /dev/shm is full, "
+                "or the data file was overwritten; use fewer workers; the same command resumes a run",
                 alone=True,
             )
             return 1
         if LOST.search(str(error)) is None:
             raise
-        _report(f"lost the other ranks ({str(error)[:80]} ...): the one that ended first says why")
+        _report(f"lost the other ranks ({one_line(error, 80)} ...): the error of the first to end says why")
         return 1
 
 
 def _report(message: str, alone: bool = False) -> None:
-    """One line on stderr. Before the ranks have met all of a machine find the same fault, and its first tells it.
+    """Print an error as one line on stderr.
 
-    Later one may be alone with it and has to tell, as it has if rank 0 is the one that did not come; but rank 0 first,
-    since the launcher ends all when one exits.
+    Before the ranks have met, all ranks of a machine find the same error, and only its first rank prints it. If a rank
+    may be `alone` with its error, or the ranks have met, every rank prints it, rank 0 first, since the launcher ends
+    all ranks when one exits.
     """
     where = ""
     if not main_rank():
-        met = getattr(sys.modules.get("simclr_ddp.distributed"), "met", False)
-        if not alone and not met and os.environ.get("LOCAL_RANK") != "0":
+        if not alone and not ranks.have_met() and os.environ.get("LOCAL_RANK") != "0":
             return
         time.sleep(1)
         where = f"rank {os.environ['RANK']}: "
-    print(f"error: {where}{' '.join(message.split())} (--debug shows where)", file=sys.stderr, flush=True)
+    end_bars()
+    print(f"error: {where}{printable(one_line(message))} (--debug shows where)", file=sys.stderr, flush=True)
+    _notify_launcher(f"error: {where}{printable(one_line(message))}")
+
+
+def is_option(argument: str, cls: type) -> bool:
+    """Return whether an argument is written key=value, rather than the path of a folder such as lr=0.1."""
+    known = argument.partition("=")[0] in options.options(cls)
+    return bool(re.match(r"[a-z_][a-z0-9_.]*=", argument)) and (known or not Path(argument).exists())
+
+
+def _notify_launcher(message: str) -> None:
+    """Let torchrun's own report of some thirty lines, which follows, end with this message as the root cause."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def parse(arguments: list[str], cls: type, usage: str, flags: dict[str, str] = FLAGS) -> Any:
-    """The config that a command makes of its arguments; ValueError in one sentence."""
+    """Build the config of a command from its arguments. Raises ValueError with a message of one sentence."""
     positional, overrides = [], {}
     for argument in arguments:
         if argument in flags:
             continue
         if argument.startswith("-"):
-            raise ValueError(f"unknown flag {argument}: {', '.join(flags)} are known; options are written key=value")
-        if re.match(r"[a-z_][a-z0-9_.]*=", argument):
-            key, value = config.parse_override(argument)
+            raise ValueError(f"unknown flag {argument}: choose from {', '.join(flags)}; options are written key=value")
+        if is_option(argument, cls):
+            if any("\udc80" <= c <= "\udcff" for c in argument):  # how Python represents bytes of other encodings
+                raise ValueError(
+                    f"{printable(argument)}: has bytes that are not UTF-8, which config.yaml can't hold; rename the "
+                    "file or folder"
+                )
+            key, value = options.parse_override(argument)
             overrides[key] = value
         else:
             positional.append(argument)
-    slots = usage.replace("[", "").replace("]", "").split()
+    slots = usage.partition(" -- ")[0].replace("[", "").replace("]", "").split()
     if len(positional) > len(slots):
-        raise ValueError(f"argument {positional[len(slots)]} is one too many: usage is {usage} [key=value ...]")
+        raise ValueError(f"argument {positional[len(slots)]} is one too many: the usage is {usage} [key=value ...]")
     layers: list[tuple[str, dict[str, Any]]] = []
     for slot, value in zip(slots, positional, strict=False):
         if slot == "CONFIG.yaml":
-            layers.append((value, {"name": Path(value).stem} | config.read_yaml(value)))
+            layers.append((value, {"name": printable(Path(value).stem)} | options.read_yaml(value)))
         else:
-            layers.append(("the command line", {slot.lower(): value}))
-    return config.build(cls, [*layers, ("the command line", overrides)])
+            layers.append((options.COMMAND_LINE, {slot.lower(): value}))
+    return options.build(cls, [*layers, (options.COMMAND_LINE, overrides)])
 
 
 def _help(cls: type, usage: str, about: str, known: dict[str, str]) -> str:
     flags = "\n".join(f"  {flag:<14} {meaning}" for flag, meaning in known.items())
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name} " if spec else ""
-    return f"{about.strip()}\n\nusage: {program}{usage} [key=value ...]\n\n{flags}\n\noptions:\n{config.help_text(cls)}"
+    own, rest, command = usage.partition(" -- ")
+    usage = f"{own} [key=value ...]{rest}{command}"
+    return f"{about.strip()}\n\nusage: {program}{usage}\n\n{flags}\n\noptions:\n{options.help_text(cls)}"

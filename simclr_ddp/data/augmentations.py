@@ -1,7 +1,7 @@
-"""Batched augmentations on the device: pure functions of (images, draws), the same code on CPU and GPU.
+"""Batched augmentations on the device, as pure functions of (images, draws) with the same code on CPU and GPU.
 
-The random numbers come in as an argument (`draws`), one row an image, so nothing here holds a generator, waits for
-the device or depends on the batch an image is in; every operator is differentiable in its factors. The recipe is
+Random numbers are an argument (`draws`), one row per image, so the functions hold no generator, never wait for the
+device, and don't depend on the batch of an image; every operator is differentiable in its factors. The recipe is
 that of Chen et al. 2020, appendix A: flip, colour jitter, greyscale, blur, solarize, normalise.
 
 Images are float [B, 3, H, W] in [0, 1] and keep their dtype; factors, turns and sigmas are [B], masks bool [B].
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr_ddp.draws import Draw
+from simclr_ddp.data.draws import Draw
 
-DRAWS = Draw.SOLARIZE + 1  # numbers an augmentation takes a view: draws 0 .. 10
+DRAWS = Draw.SOLARIZE + 1  # random numbers per view: draws 0 .. 10
 
 
 def _per_image(values: Tensor) -> Tensor:
@@ -23,43 +23,43 @@ def _per_image(values: Tensor) -> Tensor:
 
 
 def _where(mask: Tensor, changed: Tensor, images: Tensor) -> Tensor:
-    """`changed` for the images whose mask is set. Exact, and on a CPU several times as fast as torch.where."""
+    """Select `changed` for images whose mask is set. It is exact, and on a CPU several times as fast as torch.where."""
     return torch.lerp(images, changed, _per_image(mask.to(images.dtype)))
 
 
 def luma(images: Tensor) -> Tensor:
-    """[B, 1, H, W]: 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601)."""
+    """Luma [B, 1, H, W]: 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601)."""
     red, green, blue = images.split(1, dim=1)
     return red.mul(0.299).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """clip(factor x): the multiplicative brightness of SimCLR v2 and torchvision; v1's is additive."""
+    """Return clip(factor x), the multiplicative brightness of SimCLR v2 and torchvision; v1's is additive."""
     return (images * _per_image(factor)).clamp_(0, 1)
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """clip(factor x + (1 - factor) m), m the mean luma of the image."""
+    """Return clip(factor x + (1 - factor) m), where m is the mean luma of the image."""
     mean = luma(images).mean((1, 2, 3))
     return (images * _per_image(factor)).add_(_per_image(mean * (1 - factor))).clamp_(0, 1)
 
 
 def saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """clip(factor x + (1 - factor) luma(x)), luma a pixel's own."""
+    """Return clip(factor x + (1 - factor) luma(x)), with the luma of each pixel."""
     return torch.lerp(luma(images), images, _per_image(factor)).clamp_(0, 1)
 
 
 def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """The hue of HSV moved by `turns` of the colour circle; value and saturation stay.
+    """Shift the hue of HSV by `turns` of the colour circle; value and saturation are unchanged.
 
-    The hue operator of the published recipes and of training. Written without the six-way case of the usual inverse:
-    with c = max - min, each channel is min + c T(hue), T a trapezoid over the circle.
+    This is the hue operator of the published recipes and of training. It avoids the six-way case of the usual inverse:
+    with c = max - min, each channel is min + c T(hue), where T is a trapezoid over the circle.
     """
     red, green, blue = images.split(1, dim=1)
     highest = torch.maximum(torch.maximum(red, green), blue)
     lowest = torch.minimum(torch.minimum(red, green), blue)
     chroma = highest - lowest
-    # A grey pixel has chroma 0 and any hue: every divisor but 0 gives the pixel back, and finite gradients.
+    # The hue of a grey pixel (chroma 0) is arbitrary: any nonzero divisor returns the pixel and finite gradients.
     divisor = chroma + (chroma == 0)
     hue = torch.where(
         highest == red,
@@ -75,9 +75,9 @@ def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
 
 
 def rotate_chroma(images: Tensor, turns: Tensor) -> Tensor:
-    """The (I, Q) plane of YIQ rotated by `turns`, not clipped: a hue that is smooth in `turns` and in the image.
+    """Rotate the (I, Q) plane of YIQ by `turns` without clipping: a hue that is smooth in `turns` and in the image.
 
-    Foster et al. 2021 (InvCLR). Their three-digit matrices are no exact inverses: 0 turns change a pixel by up to 2e-3.
+    Foster et al. 2021 (InvCLR). Their three-digit matrices aren't exact inverses: 0 turns change a pixel by up to 2e-3.
     """
     red, green, blue = images.split(1, dim=1)
     y = luma(images)
@@ -90,7 +90,7 @@ def rotate_chroma(images: Tensor, turns: Tensor) -> Tensor:
 
 
 def colour_factors(draws: Tensor, strength: float) -> Tensor:
-    """[B, 4]: three factors U(max(0, 1 - 0.8 s), 1 + 0.8 s) and turns of hue U(-0.2 s, 0.2 s) of draws [B, K]."""
+    """Map draws [B, K] to [B, 4]: three factors U(max(0, 1 - 0.8 s), 1 + 0.8 s) and hue turns U(-0.2 s, 0.2 s)."""
     low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
     factors = low + (high - low) * draws[:, Draw.BRIGHTNESS : Draw.SATURATION + 1]
     turns = 0.2 * strength * (2 * draws[:, Draw.HUE : Draw.HUE + 1] - 1)
@@ -103,15 +103,15 @@ def colour_jitter(
     order: Tensor | None = None,
     hue: Callable[[Tensor, Tensor], Tensor] = shift_hue,
 ) -> Tensor:
-    """Brightness, contrast, saturation and hue, in this order or in one of an image's own.
+    """Change brightness, contrast, saturation and hue, in this order or in an order per image.
 
-    factors  [B, 4]  three factors and the turns of hue
+    factors  [B, 4]  three factors and the turns of the hue
     order    [B]     int64 in 0 .. 23, one of the 24 orders; None: brightness, contrast, saturation, hue
     hue      `shift_hue`, or `rotate_chroma` for the differentiable distortion of InvCLR
 
-    The images of a batch take different orders at once, without being sorted into groups: brightness, contrast and
-    saturation are one formula with different bases, so three such rounds before the hue and three after it, each of
-    them with factor 1 (nothing) in the images where it is not due, hold every order.
+    Images of one batch may have different orders without being sorted into groups: brightness, contrast and
+    saturation are one formula with different bases, so three rounds before the hue and three after it, each with
+    factor 1 (no change) for the images that skip it, cover every order.
     """
     if order is None:
         images = brightness(images, factors[:, 0])
@@ -134,7 +134,7 @@ def colour_jitter(
 
 
 def _blend(images: Tensor, factor: Tensor, of_contrast: Tensor, of_saturation: Tensor) -> Tensor:
-    """Contrast or saturation of the images [B] where one of these is 1, brightness where both are 0."""
+    """Change contrast or saturation of images whose flag [B] is 1, and brightness where both flags are 0."""
     grey = luma(images)
     level = grey.mean((1, 2, 3)) * of_contrast  # brightness 0, contrast the mean
     base = torch.lerp(_per_image(level).expand_as(grey), grey, _per_image(of_saturation))
@@ -142,19 +142,19 @@ def _blend(images: Tensor, factor: Tensor, of_contrast: Tensor, of_saturation: T
 
 
 def greyscale(images: Tensor) -> Tensor:
-    """The luma in all three channels."""
+    """Replace all three channels by the luma."""
     return luma(images).expand_as(images)
 
 
 def blur_kernel_size(side: int) -> int:
-    """A tenth of the image's side, made odd: 23 for 224, 9 for 96, 7 for 64, 3 for 32."""
+    """Kernel size of the blur: a tenth of the side, made odd (23 for 224, 9 for 96, 7 for 64, 3 for 32)."""
     return 2 * (side // 10 // 2) + 1
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Convolved with an image's own Gaussian of `sigma` pixels, cut at `blur_kernel_size(H)`; zeros outside; clipped.
+    """Convolve each image with a Gaussian of `sigma` pixels and size `blur_kernel_size(H)`; pad with zeros and clip.
 
-    Chen et al. 2020, appendix A. Separable: 2 k products a pixel instead of k^2.
+    Chen et al. 2020, appendix A. The convolution is separable: 2 k products per pixel instead of k^2.
     """
     radius = blur_kernel_size(images.shape[-2]) // 2
     offset = torch.arange(radius + 1, dtype=sigma.dtype, device=sigma.device)
@@ -172,7 +172,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor) -> Tensor:
-    """1 - v where v >= 128/255."""
+    """Return 1 - v where v >= 128/255, else v."""
     return torch.where(images >= 128 / 255, 1 - images, images)
 
 
@@ -188,19 +188,24 @@ def _standardize(images: Tensor, mean: Sequence[float] | None, std: Sequence[flo
 
 
 def to_float(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 [..., 3, H, W] of any strides -> contiguous `dtype` in [0, 1]."""
+    """Convert uint8 [..., 3, H, W] of any strides to contiguous `dtype` in [0, 1]."""
     return images.to(dtype, memory_format=torch.contiguous_format).div_(255)
+
+
+def describe(views: Tensor) -> str:
+    """State range and standard deviation of inputs of the model."""
+    return f"values with min {views.min():.3g}, max {views.max():.3g}, std {views.std():.3g}"
 
 
 def normalize(
     images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The evaluation view: uint8 [..., 3, H, W] -> `dtype`, (v / 255 - mean) / std; without mean and std v / 255."""
+    """Normalise uint8 [..., 3, H, W] to `dtype`: (v / 255 - mean) / std, or v / 255 if mean or std is None."""
     return _standardize(to_float(images, dtype), mean, std)
 
 
 def _chosen(draws: Tensor, draw: Draw, probabilities: tuple[float, ...]) -> Tensor:
-    """bool [V B]: the images for which the draw is below their view's probability."""
+    """Mask [V B] of the images whose draw is below the probability of their view."""
     if len(set(probabilities)) == 1:
         return draws[:, :, draw].flatten() < probabilities[0]
     return torch.cat([draws[v, :, draw] < p for v, p in enumerate(probabilities)])
@@ -209,26 +214,24 @@ def _chosen(draws: Tensor, draw: Draw, probabilities: tuple[float, ...]) -> Tens
 def _per_view(name: str, value: float | Sequence[float], views: int) -> tuple[float, ...]:
     values = (float(value),) * views if isinstance(value, int | float) else tuple(float(v) for v in value)
     if len(values) != views:
-        raise ValueError(
-            f"{name}={list(values)} has {len(values)} numbers for {views} views; give one number or {views}."
-        )
+        raise ValueError(f"{name}={list(values)}: {len(values)} numbers for {views} views; give one number or {views}")
     for v in values:
         if not 0 <= v <= 1:
-            raise ValueError(f"{name}={v:g} is not a probability; give a number from 0 to 1.")
+            raise ValueError(f"{name}={v:g}: not a probability; give a number from 0 to 1")
     return values
 
 
 class Augmentation:
-    """All views of a batch, augmented: flip, colour jitter, greyscale, blur, solarize, normalise.
+    """Augment all views of a batch: flip, colour jitter, greyscale, blur, solarize, normalise.
 
-    strength            of the colour jitter: 1 for ImageNet, 0.5 for CIFAR
+    strength            strength of the colour jitter: 1 for ImageNet, 0.5 for CIFAR
     jitter_probability, greyscale, flip  probabilities
-    permuted            each image has its own order of the four colour operators, as in published code; else
+    permuted            draw an order of the four colour operators per image, as in published code; else use
                         brightness, contrast, saturation, hue, as in the paper's listing
-    blur, solarize      probabilities, one for all views or one a view
-    mean, std           three numbers each, or None: the views stay in [0, 1]
+    blur, solarize      probabilities, one for all views or one per view
+    mean, std           three numbers each, or None to leave the views in [0, 1]
 
-    Operators of probability 0 cost nothing. Raises ValueError for settings that are impossible.
+    Operators of probability 0 cost nothing. Raises ValueError for invalid settings.
     """
 
     def __init__(
@@ -246,14 +249,14 @@ class Augmentation:
         std: Sequence[float] | None = None,
     ) -> None:
         if strength < 0:
-            raise ValueError(f"strength={strength:g} is negative; give 0 (no colour jitter) or more.")
+            raise ValueError(f"strength={strength:g}: negative; give 0 (no colour jitter) or more")
         if (mean is None) != (std is None):
-            raise ValueError("mean and std go together; give both or neither.")
+            raise ValueError("mean and std must be given together; give both or neither")
         for name, values in (("mean", mean), ("std", std)):
             if values is not None and len(values) != 3:
-                raise ValueError(f"{name}={list(values)} has {len(values)} numbers; give 3, one a colour channel.")
+                raise ValueError(f"{name}={list(values)}: {len(values)} numbers; give 3, one per colour channel")
         if std is not None and min(std) <= 0:
-            raise ValueError(f"std={list(std)} holds a number that is not positive; give the channels' deviations.")
+            raise ValueError(f"std={list(std)}: not all numbers are positive; give the channels' standard deviations")
         self.views = views
         self.strength = strength
         self.permuted = permuted
@@ -265,7 +268,7 @@ class Augmentation:
         self.mean, self.std = mean, std
 
     def __call__(self, views: Tensor, draws: Tensor) -> Tensor:
-        """uint8 [V, B, 3, H, W] and the draws 0 .. 10 [V, B, 11] -> [V, B, 3, H, W] in the dtype of the draws."""
+        """Map uint8 views [V, B, 3, H, W] and draws 0 .. 10 [V, B, 11] to [V, B, 3, H, W] in the dtype of the draws."""
         assert views.shape[:2] == draws.shape[:2] and len(views) == self.views and draws.shape[2] >= DRAWS
 
         shape = views.shape

@@ -1,85 +1,29 @@
-"""From a .beton file, or the generated Spirograph set, to batches of views on this rank's device.
+"""Batches of views on this rank's device, from a .beton file or the generated Spirograph set.
 
-What a batch holds depends only on (seed, step): step s of an epoch takes entries [s*N, (s+1)*N) of the epoch's
-permutation, rank r of them [r*B, (r+1)*B). The tail that does not fill a batch is dropped: padding would put
-duplicates, which are false negatives, into a batch.
+The content of a batch depends only on (seed, step): step s of an epoch takes entries [s*N, (s+1)*N) of the epoch's
+permutation, of which rank r takes [r*B, (r+1)*B). A last incomplete batch is dropped: padding would add duplicates,
+which are false negatives.
 """
 
-import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_ddp import device_loader, spirograph, torch_loader
-from simclr_ddp.augmentations import Augmentation, normalize
-from simclr_ddp.beton import Beton
-from simclr_ddp.crops import crop_boxes, cut_views, evaluation_box
-from simclr_ddp.draws import Draw, permutation, view_uniforms
+from simclr_ddp.data import device_loader, spirograph, torch_loader
+from simclr_ddp.data.augmentations import Augmentation, normalize
+from simclr_ddp.data.beton import Beton
+from simclr_ddp.data.crops import crop_boxes, cut_views, evaluation_box
+from simclr_ddp.data.dataset import Dataset
+from simclr_ddp.data.draws import Draw, permutation, view_uniforms
+from simclr_ddp.system.errors import one_line
 
-SPIROGRAPH_IMAGES = {"train": 10_000, "test": 2_000}
 VIEWS = 2
-PREFETCH = 2  # batches decoded ahead of the one in use, by all of FFCV's threads or by each of torch's processes
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Images to be decoded (`images`) or Spirograph numbers to be rendered (`numbers`), with their labels."""
-
-    source: str
-    count: int
-    labels: np.ndarray | None  # int64 [n] classes, float32 [n, k] numbers, or None
-    classes: list[str] | None
-    fingerprint: str
-    images: Beton | None = None
-    numbers: np.ndarray | None = None  # float32 [n, 10]
-
-    @property
-    def decoded(self) -> bool:
-        """Whether its images are decoded and cut, and not rendered."""
-        return self.images is not None and self.numbers is None
-
-    @property
-    def has_classes(self) -> bool:
-        return self.labels is not None and self.labels.ndim == 1
-
-    @property
-    def class_count(self) -> int:
-        """0 without classes. Raises ValueError for labels that can't be numbers of classes."""
-        if self.labels is None or self.labels.ndim != 1:
-            return 0
-        low, high = int(self.labels.min()), int(self.labels.max())
-        if low < 0 or high >= max(1000, 10 * self.count):
-            raise ValueError(
-                f"{self.source} has labels from {low} to {high}, which are no class numbers (0, 1, ...): write it "
-                "again, or pretrain without them: probe.enabled=false"
-            )
-        return max(len(self.classes or ()), high + 1)
-
-
-def open_dataset(source: str, split: str) -> Dataset:
-    """A .beton file, or the generated set if source is "spirograph"; split is train or test.
-
-    Raises ValueError or FileNotFoundError in one sentence if the file is missing, no .beton, or truncated.
-    """
-    if source == "spirograph":
-        numbers = spirograph.numbers(SPIROGRAPH_IMAGES[split], split)
-        name = f"spirograph-{split}-{len(numbers)}"
-        return Dataset(source, len(numbers), numbers[:, :4], None, name, numbers=numbers)
-    if not source or Path(source).is_dir():
-        what = f"data.{split}={source} is a folder" if source else f"data.{split} is empty"
-        raise ValueError(f"{what}: `python -m simclr_ddp.write_dataset FOLDER OUT.beton` makes the file that is wanted")
-    beton = Beton(Path(source))
-    drawn: np.ndarray | None = None
-    if beton.nuisance is not None and beton.labels is not None:
-        drawn = np.concatenate([beton.labels, beton.nuisance], 1).astype(np.float32)
-    return Dataset(source, beton.count, beton.labels, beton.classes, beton.fingerprint(), beton, drawn)
+PREFETCH = 2  # batches decoded in advance, by all FFCV threads together or by each torch process
 
 
 class Batch(NamedTuple):
@@ -91,14 +35,14 @@ class Batch(NamedTuple):
 def steps_per_epoch(dataset: Dataset, global_batch_size: int) -> int:
     if dataset.count < global_batch_size:
         raise ValueError(
-            f"data.train={dataset.source} holds {dataset.count} images, fewer than "
-            f"optim.global_batch_size={global_batch_size}: lower the batch size or bring more images"
+            f"data.train={dataset.source}: {dataset.count} images are fewer than "
+            f"optim.global_batch_size={global_batch_size}; lower the batch size or use more images"
         )
     return dataset.count // global_batch_size
 
 
 class Share(NamedTuple):
-    """Which part of every global batch is read here."""
+    """The part of every global batch that this rank reads."""
 
     seed: int
     global_batch_size: int
@@ -106,10 +50,13 @@ class Share(NamedTuple):
     world_size: int
 
 
-def training_index(share: Share, count: int, start_step: int, total_steps: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(epoch, indices of all of this rank's batches from that step of the epoch on) of every epoch of the run.
+def training_index(
+    share: Share, count: int, start_step: int, total_steps: int, subset: np.ndarray | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (epoch, indices of this rank's batches in the epoch, from start_step on) for every epoch of the run.
 
     indices  int64 [steps, B]
+    subset   int64 [count] the images to train on; None: all `count` images of the data set
     """
     n, b = share.global_batch_size, share.global_batch_size // share.world_size
     steps = count // n
@@ -118,15 +65,25 @@ def training_index(share: Share, count: int, start_step: int, total_steps: int) 
         epoch, first = divmod(step, steps)
         last = min(steps, first + total_steps - step)
         order = permutation(share.seed, epoch, count)[: steps * n].reshape(steps, n)
+        order = order if subset is None else subset[order]
         yield epoch, order[first:last, share.rank * b : (share.rank + 1) * b]
         step += last - first
 
 
 class _TrainingCuts:
-    """Sampler of a DataLoader: (indices [B], crop boxes [B, V, 4]) for every step from start_step on."""
+    """DataLoader sampler that yields (indices [B], crop boxes [B, V, 4]) for every step."""
 
-    def __init__(self, dataset: Dataset, share: Share, steps: range, crop_scale: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        share: Share,
+        steps: range,
+        crop_scale: tuple[float, float],
+        views: int,
+        subset: np.ndarray | None,
+    ) -> None:
         self.dataset, self.share, self.steps, self.crop_scale = dataset, share, steps, crop_scale
+        self.views, self.subset = views, subset
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -136,61 +93,67 @@ class _TrainingCuts:
             yield from zip(index, boxes, strict=True)
 
     def epochs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(indices [steps, B], boxes [steps, B, V, 4]) of each epoch, computed for all of its steps together."""
-        assert self.dataset.images is not None
-        sizes = self.dataset.images.sizes
-        for epoch, index in training_index(self.share, self.dataset.count, self.steps.start, self.steps.stop):
+        """Yield (indices [steps, B], boxes [steps, B, V, 4]) per epoch, computed for all its steps at once."""
+        sizes = self.dataset.file.sizes
+        for epoch, index in _indices(self.dataset, self.share, self.steps, self.subset):
             flat = index.reshape(-1)
-            boxes = crop_boxes(self.share.seed, epoch, flat, sizes[flat], VIEWS, self.crop_scale)
-            yield index, boxes.reshape(*index.shape, VIEWS, 4)
+            boxes = crop_boxes(self.share.seed, epoch, flat, sizes[flat], self.views, self.crop_scale)
+            yield index, boxes.reshape(*index.shape, self.views, 4)
+
+
+def _indices(
+    dataset: Dataset, share: Share, steps: range, subset: np.ndarray | None
+) -> Iterator[tuple[int, np.ndarray]]:
+    count = dataset.count if subset is None else len(subset)
+    return training_index(share, count, steps.start, steps.stop, subset)
 
 
 def _sent(values: np.ndarray, device: torch.device) -> Tensor:
-    """The values on the device; a GPU gets them without the host waiting for it."""
+    """Copy the values to the device; the host doesn't wait for a GPU."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @cache
-def usable_loader(wanted: str) -> tuple[str, str]:
-    """(`ffcv`, `torch` or `device`, why not FFCV): what `wanted` (one of these, or auto) comes to here.
+def usable_loader(requested: str) -> tuple[str, str]:
+    """Resolve `requested` (auto, ffcv, torch or device) to (loader, reason why FFCV is not used).
 
-    Raises ValueError if FFCV is wanted and can't be imported.
+    Raises ValueError if FFCV is requested and can't be imported.
     """
-    if wanted in ("torch", "device"):
-        return wanted, ""
+    if requested in ("torch", "device"):
+        return requested, ""
     try:
-        import simclr_ddp.ffcv_loader  # noqa: F401
-    except Exception as error:  # a missing library is an OSError, numba raises errors of its own
-        reason = " ".join(str(error).split())
-        if wanted == "ffcv":
-            hint = "make setup installs it, " if isinstance(error, ModuleNotFoundError) else ""
-            raise ValueError(f"FFCV can't be imported ({reason}): {hint}the loader torch does without") from error
+        import simclr_ddp.data.ffcv_loader  # noqa: F401
+    except Exception as error:  # a missing library raises OSError, numba other errors
+        reason = one_line(error)
+        if requested == "ffcv":
+            hint = "run make setup, or " if isinstance(error, ModuleNotFoundError) else ""
+            raise ValueError(f"loader=ffcv: FFCV can't be imported ({reason}); {hint}use the loader torch") from error
         return "torch", f"FFCV can't be imported ({reason})"
     return "ffcv", ""
 
 
-def describe_loader(images: Beton, wanted: str, workers: int, batch_size: int, views: int, size: int) -> str:
-    """One line: who decodes, why not FFCV, and the memory it takes, from the sizes in the file's tables."""
-    loader, reason = usable_loader(wanted)
+def describe_loader(images: Beton, requested: str, workers: int, batch_size: int, views: int, size: int) -> str:
+    """One line with the loader, why it is not FFCV, and its memory, from the sizes in the file's tables."""
+    loader, reason = usable_loader(requested)
     if loader == "device":
         height, width = (int(side) for side in images.sizes.max(axis=0))
         return (
             f"images are decoded once and kept on the device, {device_loader.kept_bytes(images, size) / 1e6:,.0f} MB "
-            f"a rank: {images.count:,} of up to {width} x {height} pixels"
+            f"per rank: {images.count:,} of up to {width} x {height} pixels"
         )
     if loader == "ffcv":
-        who, kind, workers, ahead = "FFCV", "thread", max(1, workers), PREFETCH + 2  # one of them is in use
+        who, kind, workers, ahead = "FFCV", "thread", max(1, workers), PREFETCH + 2  # one is in use
     else:
         who, kind, ahead = "torch's DataLoader", "process", PREFETCH * workers + 2
     height, width = (int(side) for side in images.sizes[images.sizes.prod(axis=1).argmax()])
-    # To decode a pixel takes 3 bytes, and 6 more in a progressive JPEG; then the rows are resized, and the columns.
+    # Decoding a pixel takes 3 bytes, and 6 more for a progressive JPEG; then rows are resized, then columns.
     scratch = max(1, workers) * height * (9 * width + 3 * size)
     megabytes = (ahead * batch_size * views * size**2 * 3 + scratch) / 1e6
     plural = "" if workers == 1 else "es" if kind == "process" else "s"
     return (
         f"{reason + ': ' if reason else ''}images are decoded by {who}, {workers} {kind}{plural}, in up to "
-        f"{megabytes:,.0f} MB a rank: {ahead} batches of {batch_size} x {views} views, and images of up to "
+        f"{megabytes:,.0f} MB per rank: {ahead} batches of {batch_size} x {views} views, and images of up to "
         f"{width} x {height} pixels"
     )
 
@@ -205,15 +168,18 @@ def training_batches(
     workers: int,
     loader: str,
     device: torch.device,
+    views: int = VIEWS,
+    subset: np.ndarray | None = None,
 ) -> Generator[Batch, None, None]:
-    """This rank's batches of the steps (counted from the start of the run), B = N / world_size images each.
+    """This rank's batches for `steps` (counted from the start of the run), of B = N / world_size images each.
 
     loader  `auto`, `ffcv`, `torch` or `device`: all give the same views
+    subset  int64 [n] positions of the images to train on; None: all. The views of an image don't depend on it
 
-    Raises ValueError if the device has no room for a set that is to be kept there.
+    Raises ValueError if the loader is `device` and the data set does not fit there.
     """
-    rows = (row for _, index in training_index(share, dataset.count, steps.start, steps.stop) for row in index)
-    cuts = _TrainingCuts(dataset, share, steps, crop_scale)
+    rows = (row for _, index in _indices(dataset, share, steps, subset) for row in index)
+    cuts = _TrainingCuts(dataset, share, steps, crop_scale, views, subset)
     if loader == "device" and dataset.decoded:
         return _device_batches(dataset, cuts.epochs(), size, workers, device)
     return _batches(dataset, rows, cuts, size, workers, loader, device)
@@ -222,59 +188,104 @@ def training_batches(
 def views_at(
     dataset: Dataset, seed: int, epoch: int, index: np.ndarray, *, size: int, crop_scale: tuple[float, float]
 ) -> Tensor:
-    """The inputs that training gets of the images `index` [n] in an epoch: uint8 [V, n, 3, size, size], or numbers."""
-    if dataset.numbers is not None:
-        return torch.from_numpy(dataset.numbers[index])
-    assert dataset.images is not None
-    boxes = crop_boxes(seed, epoch, index, dataset.images.sizes[index], VIEWS, crop_scale)
-    views = [cut_views(dataset.images, int(sample), cut, size) for sample, cut in zip(index, boxes, strict=True)]
+    """Training inputs for the images `index` [n] in an epoch: uint8 [V, n, 3, size, size], or numbers."""
+    if dataset.rendered:
+        return torch.from_numpy(dataset.numbers_of(index))
+    boxes = crop_boxes(seed, epoch, index, dataset.file.sizes[index], VIEWS, crop_scale)
+    views = [cut_views(dataset.file, int(sample), cut, size) for sample, cut in zip(index, boxes, strict=True)]
     return _views_first(torch.from_numpy(np.stack(views)))
 
 
 def evaluation_batches(
-    dataset: Dataset, index: np.ndarray, *, size: int, batch_size: int, workers: int, loader: str, device: torch.device
+    dataset: Dataset,
+    index: np.ndarray,
+    *,
+    size: int,
+    batch_size: int,
+    workers: int,
+    loader: str,
+    device: torch.device,
+    boxes: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """The images of `index` [n] in that order, one central view each: inputs are uint8 [1, b, 3, size, size].
+    """Batches of views of each image of `index` [n], in order: inputs are uint8 [V, b, 3, size, size].
 
-    Raises ValueError if the device has no room for a set that is to be kept there.
+    boxes  int32 [n, V, 4] of the views of a data set that is decoded; None: one central view, V = 1
+
+    Raises ValueError if the loader is `device` and the data set does not fit there.
     """
+    if boxes is None and dataset.decoded:
+        sizes = dataset.file.sizes[index].tolist()
+        boxes = np.array([[evaluation_box(h, w, size)] for h, w in sizes], np.int32)
+    return _listed(dataset, index, boxes, size, batch_size, workers, loader, device)
+
+
+def view_batches(
+    dataset: Dataset,
+    index: np.ndarray,
+    seed: int,
+    epoch: int,
+    *,
+    size: int,
+    crop_scale: tuple[float, float],
+    batch_size: int,
+    workers: int,
+    loader: str,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Batches of the views that each image of `index` [n] has in an epoch of training, in order: [V, b, 3, size, size].
+
+    Raises ValueError if the loader is `device` and the data set does not fit there.
+    """
+    boxes = None
+    if dataset.decoded:
+        boxes = crop_boxes(seed, epoch, index, dataset.file.sizes[index], VIEWS, crop_scale)
+    return _listed(dataset, index, boxes, size, batch_size, workers, loader, device)
+
+
+def _listed(
+    dataset: Dataset,
+    index: np.ndarray,
+    boxes: np.ndarray | None,
+    size: int,
+    batch_size: int,
+    workers: int,
+    loader: str,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Batches of the images `index` [n], in order, cut by their boxes [n, V, 4]; None for images that are rendered."""
     rows = [index[i : i + batch_size] for i in range(0, len(index), batch_size)]
     cuts = []
-    if dataset.images is not None:
-        sizes = dataset.images.sizes
-        boxes = np.array([[evaluation_box(h, w, size)] for h, w in sizes[index].tolist()], np.int32)
+    if boxes is not None:
         cuts = [(row, boxes[i * batch_size :][: len(row)]) for i, row in enumerate(rows)]
-        if loader == "device" and dataset.decoded:
+        if loader == "device":
             return _device_batches(dataset, ((row[None], box[None]) for row, box in cuts), size, workers, device)
     return _batches(dataset, rows, cuts, size, workers, loader, device)
 
 
 def _views_first(views: Tensor) -> Tensor:
-    """[B, V, H, W, 3] -> [V, B, 3, H, W], not copied."""
+    """Permute [B, V, H, W, 3] to [V, B, 3, H, W] without a copy."""
     return views.permute(1, 0, 4, 2, 3)
 
 
 def _batches(
     dataset: Dataset, rows: Iterable[np.ndarray], cuts: Any, size: int, workers: int, loader: str, device: torch.device
 ) -> Generator[Batch, None, None]:
-    """A batch for each row of indices. `cuts` has the same rows with their crop boxes; Spirograph looks at no image."""
+    """Yield a batch per row of indices; `cuts` has the same rows with their crop boxes (Spirograph needs none)."""
 
     def batch(inputs: Tensor, row: np.ndarray) -> Batch:
         labels = None if dataset.labels is None else _sent(dataset.labels[row], device)
         return Batch(inputs, _sent(row, device), labels)
 
-    if not dataset.decoded:
-        assert dataset.numbers is not None
+    if dataset.rendered:
         for row in rows:
-            yield batch(_sent(dataset.numbers[row], device), row)
+            yield batch(_sent(dataset.numbers_of(row), device), row)
         return
-    assert dataset.images is not None
     read_views = torch_loader.read_views
     if usable_loader(loader)[0] == "ffcv":
-        from simclr_ddp import ffcv_loader  # takes a second to import
+        from simclr_ddp.data import ffcv_loader  # takes a second to import
 
         read_views = ffcv_loader.read_views
-    with closing(read_views(dataset.images, size, cuts, workers, PREFETCH, device.type == "cuda")) as decoded:
+    with closing(read_views(dataset.file, size, cuts, workers, PREFETCH, device.type == "cuda")) as decoded:
         for row, views in zip(rows, decoded, strict=True):
             yield batch(_views_first(views.to(device, non_blocking=True)), row)
 
@@ -282,12 +293,11 @@ def _batches(
 def _device_batches(
     dataset: Dataset, tables: Iterable[tuple[np.ndarray, np.ndarray]], size: int, workers: int, device: torch.device
 ) -> Generator[Batch, None, None]:
-    """The batches of `tables`, (indices [steps, b], crop boxes [steps, b, V, 4]) each, from images kept on the device.
+    """Yield the batches of `tables` (indices [steps, b], crop boxes [steps, b, V, 4]) from images kept on the device.
 
-    A table goes there as a whole, and the next one is made meanwhile: a step sends nothing.
+    Each table is sent at once while the next one is computed: a single step sends nothing.
     """
-    images = dataset.images
-    assert images is not None
+    images = dataset.file
     device_loader.check_room(images, size, device)
 
     def batches() -> Generator[Batch, None, None]:
@@ -303,38 +313,30 @@ def _device_batches(
     return batches()
 
 
-def training_images(dataset: Dataset, augmentation: Augmentation, seed: int, dtype: torch.dtype) -> Callable:
-    """(batch inputs, epoch, index) -> augmented float views [V, B, 3, H, W].
+def training_images(
+    dataset: Dataset, augmentation: Augmentation, seed: int, dtype: torch.dtype, views: int = VIEWS
+) -> Callable:
+    """Return a function (batch inputs, epoch, index) -> augmented float views [V, B, 3, H, W].
 
-    Spirograph views are rendered from the four targets and fresh nuisance numbers; they are neither cropped nor
-    recoloured, which would destroy the targets.
+    Spirograph views are rendered from the four targets and new nuisance numbers; crops and colour jitter would destroy
+    the targets.
     """
-    if dataset.numbers is not None:
+    if dataset.rendered:
 
         def render(numbers: Tensor, epoch: int, index: Tensor) -> Tensor:
-            draws = view_uniforms(seed, epoch, index, VIEWS, Draw.NUISANCE, 6, dtype)
-            return spirograph.views(numbers[:, :4].to(dtype), draws)
+            draws = view_uniforms(seed, epoch, index, views, Draw.NUISANCE, 6, dtype)
+            return spirograph.views(numbers[:, :4].to(dtype), draws, dataset.by_rows)
 
         return render
 
-    def augment(views: Tensor, epoch: int, index: Tensor) -> Tensor:
-        return augmentation(views, view_uniforms(seed, epoch, index, VIEWS, 0, Draw.SOLARIZE + 1, dtype))
+    def augment(cut: Tensor, epoch: int, index: Tensor) -> Tensor:
+        return augmentation(cut, view_uniforms(seed, epoch, index, views, 0, Draw.SOLARIZE + 1, dtype))
 
     return augment
 
 
 def evaluation_images(dataset: Dataset, mean: list[float], std: list[float], dtype: torch.dtype) -> Callable:
-    """Batch inputs of `evaluation_batches` -> float images [1, B, 3, H, W], normalised as in training."""
-    if dataset.numbers is not None:
-        return lambda numbers: spirograph.render(numbers.to(dtype))[None]
+    """Return a function from inputs of `evaluation_batches` to normalised float images [1, B, 3, H, W]."""
+    if dataset.rendered:
+        return lambda numbers: spirograph.render(numbers.to(dtype), by_rows=dataset.by_rows)[None]
     return partial(normalize, mean=mean, std=std, dtype=dtype)
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def usable_workers(wanted: int, local_ranks: int) -> int:
-    """Decoding workers of a rank: at most its share of the cores, at least one unless none are wanted."""
-    return min(wanted, max(1, cores() // local_ranks))

@@ -1,20 +1,25 @@
-"""The .beton file, FFCV 1.0.2's data format: our own writer and reader in numpy.
+"""Reader and writer in numpy of .beton files, the data format of FFCV 1.0.2.
 
-    header | one descriptor a field | table of metadata, one row a sample | ... | pages ... | allocation table
+    header | one descriptor per field | table of metadata, one row per sample | ... | pages ... | allocation table
 
-Everything is little-endian. JPEG bytes, pixels and arrays lie in pages; a pointer is an offset in the file. No sample
-crosses the border of a page, a multiple of the page size, so a page can be cached on its own. The allocation table
-gives the length of what a pointer points at. The header is written last: a file that was not finished says so.
+All numbers are little-endian. Pages hold JPEG bytes, pixels and arrays; a pointer is an offset in the file. No sample
+crosses a page border (a multiple of the page size), so pages can be cached separately. The allocation table holds the
+length of the data at each pointer. The header is written last, so an unfinished file can be recognised.
 
-Beside X.beton lies X.beton.json (the sidecar) with what the format has no place for: names of the classes, checksum,
-source, files that were re-encoded or left out.
+Between the last page and the allocation table our writer adds what the format lacks, the description: kind of labels,
+names of the classes, and the SHA-256 of all bytes before it (JSON, its length as uint64, and MARK). FFCV skips it.
+
+The sidecar X.beton.json next to X.beton is for people: source, checksum, and files that were re-encoded or skipped. It
+also describes files of earlier versions, which have no description of their own. X.beton.names holds the names of the
+image files, one per line, after a line with the fingerprint of X.beton; only what shows or lists images reads it.
 """
 
 import hashlib
 import io
 import json
 import os
-import warnings
+import re
+import unicodedata
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +30,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+from simclr_ddp.system import console, files
+from simclr_ddp.system.console import printable
 
 VERSION = 2
 HEADER = np.dtype(
@@ -37,11 +46,14 @@ JPEG, RAW = 0, 1  # PICTURE's modes
 PAGE_SIZE = 1 << 23  # FFCV's default
 LARGEST_PAGE = 1 << 31  # the header's page size is a uint32 and a power of two
 LONGEST_SIDE = 65535
+MARK = b"simclr01"  # last bytes of a description
+DESCRIBED = ("label_kind", "classes", "numbers", "nuisance")  # keys of the sidecar that the description repeats
+BYTES_PER_PIXEL = 16  # needed at most by a decoder, for a progressive JPEG
 
 
 @dataclass(frozen=True)
 class Field:
-    """One column: `kind` is FFCV's type number, `shape` and `dtype` are those of an array (kind 4)."""
+    """A column of the file: `kind` is FFCV's type number, `shape` and `dtype` describe arrays (kind 4)."""
 
     kind: int
     shape: tuple[int, ...] = ()
@@ -56,12 +68,12 @@ FLOAT, INT, PICTURES = Field(0), Field(1), Field(2)
 
 
 def vector(length: int) -> Field:
-    """A field of float32 [length]."""
+    """Return a field of float32 [length]."""
     return Field(4, (length,), "<f4")
 
 
 class Picture(NamedTuple):
-    """An image as it is stored: the bytes of a JPEG file, or (raw) height * width * 3 bytes of RGB."""
+    """A stored image: the bytes of a JPEG file, or (raw) height * width * 3 bytes of RGB."""
 
     data: bytes
     height: int
@@ -70,18 +82,19 @@ class Picture(NamedTuple):
 
 
 class Beton:
-    """A .beton file, opened read-only; pickled by its path.
+    """A .beton file, opened read-only; it is pickled as its path.
 
     count     number of samples, n
     fields    names of the columns
     sizes     int64 [n, 2] height and width
     labels    int64 [n] (classes), float32 [n, k] (numbers), or None
     nuisance  float32 [n, k] of generated data, or None
-    info      the sidecar, {} if there is none (a warning says so)
-    classes   names of the classes, from the sidecar, or None
+    info      the sidecar; {} if there is none
+    classes   names of the classes in composed Unicode (NFC), or None if neither the file nor a sidecar holds them
+    numbers   names of the numbers in a label, or None
 
-    Takes files written by FFCV, too: an `image`, and a `label` that is an int, a float or an array. Raises
-    FileNotFoundError or ValueError where the file is missing, not a .beton, unfinished, truncated or damaged.
+    Files written by FFCV are supported, with an `image` and a `label` that is an int, a float or an array. Raises
+    FileNotFoundError or ValueError if the file is missing, not a .beton file, unfinished, truncated or damaged.
     """
 
     path: Path
@@ -92,28 +105,15 @@ class Beton:
     nuisance: np.ndarray | None
     info: dict[str, Any]
     classes: list[str] | None
+    numbers: list[str] | None
 
     def __init__(self, path: str | Path) -> None:
-        self._open(Path(path))
-        if not self.info:
-            warnings.warn(
-                f"{self.path} has no {sidecar(self.path).name} beside it: its classes' names and checksum are unknown",
-                stacklevel=2,
-            )
-
-    def __getstate__(self) -> dict[str, Path]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Path]) -> None:
-        self._open(state["path"])  # without a second warning in every worker
-
-    def _open(self, path: Path) -> None:
-        self.path = path
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there: write it with `python -m simclr_ddp.write_dataset`")
+        self.path = path = Path(path)
+        if fault := files.not_a_file(path):
+            raise FileNotFoundError(f"{path} {fault}; write it with `python -m simclr_ddp.write_dataset`")
         size = path.stat().st_size
         if size < HEADER.itemsize:
-            raise ValueError(f"{path} is not a .beton file: it has only {size} bytes")
+            raise ValueError(f"{path} is not a .beton file: it has only {size} bytes; write it again")
         self._bytes = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
         header = self._bytes[: HEADER.itemsize].view(HEADER)[0]
         names, fields = self._read_descriptors(header)
@@ -123,51 +123,58 @@ class Beton:
         if end == 0:
             raise self._damaged("was not finished")
         if end > size or start + self.count * metadata.itemsize > end or (size - end) % ALLOCATION.itemsize:
-            raise self._damaged(f"is truncated: {size:,} bytes do not hold its tables")
+            raise self._damaged(f"is truncated: its tables don't fit into {size:,} bytes")
         if self.count == 0:
-            raise ValueError(f"{path} holds no images: write it again from a source that has some")
+            raise ValueError(f"{path} contains no images; write it again from a source with images")
         rows = self._bytes[start : start + self.count * metadata.itemsize].view(metadata)
         allocations = self._bytes[end:].view(ALLOCATION)
         order = np.argsort(allocations["pointer"], kind="stable")
         self._pointers, self._sizes = allocations["pointer"][order], allocations["size"][order]
         if (self._pointers > end).any() or (self._sizes > end - self._pointers).any():
-            raise self._damaged("is truncated: it points beyond its end")
+            raise self._damaged("is truncated: it has pointers beyond its end")
 
         self.fields = names
         columns = {name: (field, rows[f"f{i}"]) for i, (name, field) in enumerate(zip(names, fields, strict=True))}
         if columns.get("image", (INT,))[0] != PICTURES:
-            raise ValueError(f"{path} has no image field called `image`, only {', '.join(names)}: write it again")
+            raise ValueError(f"{path} has no image field `image`, only {', '.join(names)}; write it again")
         pictures = columns["image"][1]
         self.sizes = np.stack([pictures["height"], pictures["width"]], axis=1).astype(np.int64)
         self._mode = pictures["mode"].copy()
         self._pointer = pictures["pointer"].astype(np.int64)
-        self._length = self._lengths(pictures["pointer"]).astype(np.int64)
+        self.length = self._lengths(pictures["pointer"]).astype(np.int64)
         if (self._mode > RAW).any() or (self.sizes == 0).any():
-            raise self._damaged("is damaged: an image has no size, or is neither JPEG nor raw")
-        if (self._length != self.sizes.prod(axis=1) * 3)[self._mode == RAW].any():
+            raise self._damaged("is damaged: an image has size 0, or is neither JPEG nor raw")
+        if (self.length != self.sizes.prod(axis=1) * 3)[self._mode == RAW].any():
             raise self._damaged("is damaged: a raw image is not height * width * 3 bytes long")
         self.labels = self._column(columns, "label")
         nuisance = self._column(columns, "nuisance")
         self.nuisance = None if nuisance is None or nuisance.dtype == np.int64 else nuisance
         self._tables = (self._bytes[:start], rows, self._bytes[end:])
+        self._read_description(start + rows.nbytes, end)
         self._read_sidecar(size)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Beton, (self.path,)
+
     def _damaged(self, what: str) -> ValueError:
-        return ValueError(f"{self.path} {what}: copy or write it again")
+        return ValueError(f"{self.path} {what}; copy or write it again")
 
     def undecodable(self, i: int, error: Exception) -> ValueError:
-        """The sentence for a broken image i."""
-        return ValueError(f"image {i} of {self.path} can't be decoded ({error}): write the file again")
+        """Return the error for an image i that can't be decoded. Raises MemoryError if that is the cause."""
+        if isinstance(error, MemoryError):
+            raise error
+        check_memory(int(self.sizes[i].prod()))
+        return ValueError(f"image {i} of {self.path} can't be decoded ({error}); write the file again")
 
     def _read_descriptors(self, header: np.void) -> tuple[list[str], list[Field]]:
         page_size, count = int(header["page_size"]), int(header["fields"])
         end = HEADER.itemsize + count * DESCRIPTOR.itemsize
         if header["version"] == 0:
-            raise self._damaged("was not finished, or is no .beton file")
+            raise self._damaged("was not finished, or is not a .beton file")
         if header["version"] != VERSION or page_size & (page_size - 1) or not page_size or not 0 < count < 256:
-            raise ValueError(f"{self.path} is not a .beton file of FFCV's format {VERSION}: write it again")
+            raise ValueError(f"{self.path} is not a .beton file of FFCV's format {VERSION}; write it again")
         if end > len(self._bytes):
-            raise self._damaged(f"is truncated: {len(self._bytes):,} bytes do not hold its descriptors")
+            raise self._damaged(f"is truncated: its descriptors don't fit into {len(self._bytes):,} bytes")
         names, fields = [], []
         for row in self._bytes[HEADER.itemsize : end].view(DESCRIPTOR):
             name = row["name"].decode("ascii", "replace")
@@ -176,25 +183,25 @@ class Beton:
                 fields.append(_field(int(row["kind"]), row["arguments"].tobytes()))
             except (KeyError, ValueError, TypeError):
                 raise ValueError(
-                    f"{self.path}: field `{name}` is of FFCV's type {row['kind']}, but only images, ints, floats and "
-                    "arrays of numbers are read: write it again with these"
+                    f"{self.path}: field `{name}` has FFCV's type {row['kind']}, but only images, ints, floats and "
+                    "arrays of numbers are supported; write it again with these"
                 ) from None
         return names, fields
 
     def _lengths(self, pointers: np.ndarray) -> np.ndarray:
-        """uint64 [n]: how many bytes lie at each pointer."""
+        """Number of bytes at each pointer, uint64 [n]."""
         place = np.searchsorted(self._pointers, pointers).clip(max=max(len(self._pointers) - 1, 0))
         if len(self._pointers) == 0 or (self._pointers[place] != pointers).any():
             raise self._damaged("is damaged: a sample is missing from its allocation table")
         return self._sizes[place]
 
     def _column(self, columns: Mapping[str, tuple[Field, np.ndarray]], name: str) -> np.ndarray | None:
-        """int64 [n] of an int field, float32 [n, k] of a float or array field, None if there is no such field."""
+        """Read an int field as int64 [n], a float or array field as float32 [n, k]; None without such a field."""
         if name not in columns:
             return None
         field, values = columns[name]
         if field == PICTURES:
-            raise ValueError(f"{self.path}: field `{name}` holds images: write it again with numbers")
+            raise ValueError(f"{self.path}: field `{name}` contains images; write it again with numbers")
         if field == INT:
             return values.astype(np.int64)
         if field == FLOAT:
@@ -203,64 +210,120 @@ class Beton:
         if (self._lengths(values) != size).any():
             raise self._damaged(f"is damaged: not every `{name}` is {size} bytes long")
         found = np.empty((self.count, int(np.prod(field.shape))), np.float32)
-        for i in range(0, self.count, 65536):  # in parts: the index is eight times as large as the data
+        for i in range(0, self.count, 65536):  # in blocks: the index is eight times as large as the data
             at = values[i : i + 65536, None].astype(np.int64) + np.arange(size)
             found[i : i + 65536] = self._bytes[at].view(field.dtype)
         return found
 
+    def _read_description(self, start: int, end: int) -> None:
+        """Read what our writer put before the allocation table at `end`, if it is there; `start` ends the tables."""
+        self._described, self._content = end, ""
+        self.classes = self.numbers = None
+        trailer = self._bytes[max(end - 16, start) : end].tobytes()
+        if len(trailer) < 16 or trailer[8:] != MARK:
+            return
+        self._described = end - 16 - int.from_bytes(trailer[:8], "little")
+        try:
+            if self._described < start:
+                raise ValueError
+            found = _json_object(self._bytes[self._described : end - 16].tobytes())
+            self.classes, self.numbers = _names(found, "classes"), _names(found, "numbers")
+            self._content = _checksum(found) or ""
+        except ValueError:
+            raise self._damaged("is damaged: the description before its allocation table can't be read") from None
+        self._check_labels(str(self.path))
+
     def _read_sidecar(self, size: int) -> None:
-        beside = sidecar(self.path)
-        self.info, self.classes = {}, None
-        if not beside.is_file():
+        file = sidecar(self.path)
+        self.info = {}
+        if not file.is_file():
             return
         try:
-            self.info = json.loads(beside.read_text())
-            self.classes = self.info.get("classes")
+            self.info = _json_object(file.read_bytes())
+            classes, numbers = _names(self.info, "classes"), _names(self.info, "numbers")
+            _checksum(self.info)
             fits = (self.info["count"], self.info["bytes"]) == (self.count, size)
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{beside} is damaged: write the data set again, or remove this file") from None
+        except (ValueError, KeyError) as error:
+            why = f" ({error})" if type(error) is ValueError else ""
+            raise ValueError(f"{file} is damaged{why}; write the data set again, or remove this file") from None
         if not fits:
-            raise ValueError(f"{beside} belongs to another file than {self.path}: copy both again, or remove it")
-        if (
-            self.classes
-            and self.labels is not None
-            and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes)
-        ):
-            raise ValueError(f"{beside} names {len(self.classes)} classes, but the labels go beyond: write both again")
+            raise ValueError(f"{file} belongs to another file than {self.path}; copy both again, or remove it")
+        if not self._content:
+            self.classes, self.numbers = classes, numbers
+            self._check_labels(str(file))
+
+    def _check_labels(self, where: str) -> None:
+        if self.classes is None or self.labels is None:
+            return
+        if not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise ValueError(f"{where} names {len(self.classes)} classes, but labels go beyond; write it again")
 
     def fingerprint(self) -> str:
-        """16 hex digits that identify the content: of the sidecar's checksum, else of header and tables."""
-        if "sha256" in self.info:
-            return str(self.info["sha256"])[:16]
-        return hashlib.sha256(b"".join(part.tobytes() for part in self._tables)).hexdigest()[:16]
+        """Identify the content by 16 hex digits, which depend neither on the path nor on the sidecar.
+
+        They are of the SHA-256 in the file. A file of earlier versions or of another tool has none: then it is the
+        SHA-256 of the complete file, which its sidecar holds or which is computed.
+        """
+        found = self._content or self.info.get("sha256")
+        if not found:
+            if len(self._bytes) > 1e9:
+                console.say(f"{self.path} holds no checksum: computing one of its {len(self._bytes) / 1e9:,.0f} GB")
+            found = self._digest(len(self._bytes))
+        return str(found)[:16]
+
+    def is_known_as(self, fingerprint: str) -> bool:
+        """Whether this or an earlier version (of the tables, without a sidecar) gives the fingerprint."""
+        if fingerprint == self.fingerprint():
+            return True
+        return fingerprint == hashlib.sha256(b"".join(table.tobytes() for table in self._tables)).hexdigest()[:16]
+
+    def is_complete(self) -> bool | None:
+        """Read the file and compare its checksum; None if neither the file nor a sidecar holds one."""
+        if self._content:
+            return self._digest(self._described) == self._content
+        expected = self.info.get("sha256")
+        return None if expected is None else self._digest(len(self._bytes)) == expected
+
+    def _digest(self, end: int) -> str:
+        return str(file_digest(self.path, end)[0].hexdigest())
+
+    def names(self) -> list[str] | None:
+        """Names of the image files, from X.beton.names; None without it. Raises ValueError if it is of another file."""
+        file = names_file(self.path)
+        if not file.is_file():
+            return None
+        first, *found = file.read_text("utf-8", errors="replace").removesuffix("\n").split("\n")
+        if first != self.fingerprint() or len(found) != self.count:
+            raise ValueError(f"{file} belongs to another file than {self.path}; copy both again, or remove it")
+        return found
 
     def digest(self) -> str:
-        """16 hex digits of the bytes that lie here: of all up to 64 MB, of larger files the size and 34 MB of them."""
+        """Hash the file's bytes to 16 hex digits: all up to 64 MB, else the size and 34 MB of them."""
         return quick_digest(self.path)
 
     def stored(self, i: int) -> Picture:
-        """Image i as it is stored. Raises IndexError."""
+        """Return image i as it is stored. Raises IndexError."""
         if not 0 <= i < self.count:
-            raise IndexError(f"image {i} of {self.path}, which has {self.count}")
+            raise IndexError(f"image {i} of {self.path}, which has {self.count} images")
         start, (height, width) = int(self._pointer[i]), self.sizes[i].tolist()
-        data = self._bytes[start : start + int(self._length[i])].tobytes()
+        data = self._bytes[start : start + int(self.length[i])].tobytes()
         return Picture(data, height, width, bool(self._mode[i] == RAW))
 
     def jpeg(self, i: int) -> Image.Image:
-        """Image i, of mode RGB; a colour JPEG is not decoded yet, so that `draft` and `load` are the caller's."""
+        """Open image i in mode RGB; a colour JPEG is not decoded yet, so the caller may use `draft` and `load`."""
         picture = self.stored(i)
         if picture.raw:
             return Image.frombytes("RGB", (picture.width, picture.height), picture.data)
         try:
-            image: Image.Image = Image.open(io.BytesIO(picture.data))
+            image: Image.Image = JpegImageFile(io.BytesIO(picture.data))  # Image.open refuses very large ones
             if image.size != (picture.width, picture.height):
                 raise ValueError(f"it is {image.width} x {image.height}, not {picture.width} x {picture.height} pixels")
             return image if image.mode == "RGB" else image.convert("RGB")
-        except Exception as error:  # Pillow raises almost anything at broken data
+        except Exception as error:  # Pillow raises almost any exception for broken data
             raise self.undecodable(i, error) from error
 
     def image(self, i: int) -> np.ndarray:
-        """Image i, decoded: uint8 [height, width, 3], RGB, writable. Raises ValueError if it can't be decoded."""
+        """Decode image i to writable RGB, uint8 [height, width, 3]. Raises ValueError if it can't be decoded."""
         picture = self.jpeg(i)
         try:
             return np.array(picture)
@@ -268,15 +331,54 @@ class Beton:
             raise self.undecodable(i, error) from error
 
 
-def quick_digest(path: Path, whole: int = 64 << 20, block: int = 1 << 16, blocks: int = 512) -> str:
-    """16 hex digits of a file's bytes: of all where there are at most `whole`.
+def _json_object(text: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    except ValueError:
+        raise ValueError("it is not JSON") from None
+    if not isinstance(found, dict):
+        raise ValueError("it is not a JSON object")
+    return found
 
-    Else of its size, its first and last MB, and `blocks` blocks spread evenly from end to end.
+
+def _names(described: dict[str, Any], key: str) -> list[str] | None:
+    """Return the list of names under that key, in the form in which names are compared, or None."""
+    names = described.get(key)
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"its {key} are not a list of names")
+    return [plain(name) for name in names] or None
+
+
+def _checksum(described: dict[str, Any]) -> str | None:
+    found = described.get("sha256")
+    if found is not None and not (isinstance(found, str) and re.fullmatch("[0-9a-f]{64}", found)):
+        raise ValueError("its sha256 is not 64 hexadecimal digits")
+    return found
+
+
+def plain(name: str) -> str:
+    r"""Return a name in composed Unicode (NFC), with bytes that are not UTF-8 and control characters as \xe2."""
+    return printable(unicodedata.normalize("NFC", name))
+
+
+def check_memory(pixels: int) -> None:
+    """Raise MemoryError if there is too little to decode an image with N pixels: decoders report broken data then."""
+    np.empty(pixels * BYTES_PER_PIXEL, np.uint8)
+
+
+def quick_digest(path: Path, limit: int = 64 << 20, block: int = 1 << 16, blocks: int = 512) -> str:
+    """Hash a file to 16 hex digits; all of its bytes if there are at most `limit`.
+
+    The hash of a larger file covers its size, its first and last MB, and `blocks` evenly spread blocks.
     """
     size = path.stat().st_size
     found = hashlib.sha256(str(size).encode())
     with path.open("rb", buffering=0) as file:
-        if size <= whole:
+        if size <= limit:
             while chunk := file.read(1 << 20):
                 found.update(chunk)
         else:
@@ -287,8 +389,19 @@ def quick_digest(path: Path, whole: int = 64 << 20, block: int = 1 << 16, blocks
 
 
 def sidecar(path: Path) -> Path:
-    """X.beton.json, beside X.beton."""
+    """Return the path X.beton.json for X.beton."""
     return path.with_name(path.name + ".json")
+
+
+def names_file(path: Path) -> Path:
+    """Return the path X.beton.names for X.beton."""
+    return path.with_name(path.name + ".names")
+
+
+def write_names(path: Path, names: Iterable[str]) -> None:
+    """Write the names of the image files of a .beton file, in its order; they hold no end of a line."""
+    text = "\n".join([Beton(path).fingerprint(), *names]) + "\n"
+    files.replace_atomically(names_file(path), lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def write(
@@ -301,21 +414,21 @@ def write(
     overwrite: bool = False,
     page_size: int = PAGE_SIZE,
 ) -> None:
-    """Write a .beton file and its sidecar; until both are whole and read back, nothing has the final name.
+    """Write a .beton file and its sidecar; the final names appear only when both are complete and verified.
 
-    samples    one tuple a sample, in the order of `fields`: a Picture, an int, a float, or an array of the field's
-               shape. Only one is held in memory at a time; the tables (about 50 bytes a sample) are, too.
-    capacity   an upper limit of the number of samples; their table lies before them in the file
-    info       the sidecar's content; read after the last sample, so samples may still count into it. count, bytes and
-               sha256 are added
-    page_size  a power of two, doubled where a sample is larger. What fits into small pages fits into large ones, so
+    samples    one tuple per sample, in the order of `fields`: a Picture, an int, a float, or an array of the field's
+               shape. Memory holds one sample at a time, and the tables (about 50 bytes per sample).
+    capacity   upper bound of the number of samples; their table precedes them in the file
+    info       content of the sidecar; it is read after the last sample, so `samples` may still change it. count, bytes
+               and sha256 are added
+    page_size  a power of two, doubled for a larger sample. Samples that fit into small pages fit into large ones, so
                nothing already written moves.
 
-    Raises FileExistsError, ValueError if there is no sample or one is 2 GiB or larger, OSError if the disk is full.
+    Raises FileExistsError, ValueError if there is no sample or one has 2 GiB or more, OSError if the disk is full.
     """
     assert page_size & (page_size - 1) == 0 and next(iter(fields)) == "image"
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another name, remove it, or say overwrite=true")
+        raise FileExistsError(f"{path} exists; choose another name, remove it, or set overwrite=true")
     metadata = np.dtype([("", field.metadata) for field in fields.values()], align=True)
     rows = np.zeros(capacity, metadata)
     allocations = array("Q")  # sample, pointer, size; sample, ...
@@ -326,12 +439,12 @@ def write(
             file.seek(first)
             checksum = count = 0
             for sample in samples:
-                regions = _regions(sample, fields)
+                regions = sample_regions(sample, fields)
                 size = sum(map(len, regions))
                 while size > page_size:
                     page_size *= 2
                 if page_size > LARGEST_PAGE:
-                    raise ValueError(f"sample {count} has {size:,} bytes, but 2 GiB is the most: make it smaller")
+                    raise ValueError(f"sample {count} has {size:,} bytes, more than 2 GiB; make it smaller")
                 if position % page_size + size > page_size:
                     checksum, position = _pad(file, checksum, position, page_size)
                 pointers = []
@@ -343,28 +456,43 @@ def write(
                 rows[count] = _row(sample, fields, iter(pointers))
                 count += 1
             if count == 0:
-                raise ValueError(f"no image is left to write to {path}: check the source")
+                raise ValueError(f"no image is left to write to {path}; check the source")
             checksum, position = _pad(file, checksum, position, page_size)
-            file.write(np.frombuffer(allocations, "u8").astype("<u8").tobytes())
+            pages_end, described = position, {key: info.get(key) for key in DESCRIBED} | {"sha256": "0" * 64}
+            position += len(_description(described))
+            header = np.array((VERSION, len(fields), page_size, count, position), HEADER).tobytes()
             file.seek(HEADER.itemsize)
             file.write(_descriptors(fields) + rows[:count].tobytes())
-            _sync(file)
+            sync_file(file)
+            sha256, checksum_read = file_digest(partial, pages_end, first, header)
+            described["sha256"] = sha256.hexdigest()
+            tail = _description(described) + np.frombuffer(allocations, "u8").astype("<u8").tobytes()
+            sha256.update(tail)
+            file.seek(pages_end)
+            file.write(tail)
+            sync_file(file)
             file.seek(0)
-            file.write(np.array((VERSION, len(fields), page_size, count, position), HEADER).tobytes())
-            _sync(file)
-        sha256, checksum_read = _digest(partial, first, position)
+            file.write(header)
+            sync_file(file)
         if checksum_read != checksum:
-            raise OSError(f"{partial} does not hold what was written: check the disk")
-        info |= {"count": count, "bytes": partial.stat().st_size, "sha256": sha256}
-        _check(partial, rows[:count])
+            raise OSError(f"{partial} differs from what was written; check the disk")
+        info |= {"count": count, "bytes": partial.stat().st_size, "sha256": sha256.hexdigest()}
+        _check(partial, rows[:count], tail)
         with partial_json.open("w") as text:
             json.dump(info, text, indent=1)
-            _sync(text)
+            sync_file(text)
         if overwrite:
-            path.unlink(missing_ok=True)  # first, so that at no time a file has another one's sidecar
+            path.unlink(missing_ok=True)  # first, so that a file never has another file's sidecar
         os.replace(partial_json, sidecar(path))
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        files.sync(path.parent)
+
+
+def _description(described: dict[str, Any]) -> bytes:
+    """Bytes of the description, a multiple of 8, so that numbers after it stay aligned."""
+    text = json.dumps(described).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return text + len(text).to_bytes(8, "little") + MARK
 
 
 def _up(position: int, page_size: int) -> int:
@@ -372,7 +500,7 @@ def _up(position: int, page_size: int) -> int:
 
 
 def _pad(file: BinaryIO, checksum: int, position: int, page_size: int) -> tuple[int, int]:
-    """Zeros to the end of the page; returns checksum and position after them."""
+    """Write zeros to the end of the page; return checksum and position after them."""
     end = _up(position, page_size)
     while position < end:
         zeros = bytes(min(end - position, 1 << 20))
@@ -381,8 +509,8 @@ def _pad(file: BinaryIO, checksum: int, position: int, page_size: int) -> tuple[
     return checksum, position
 
 
-def _regions(sample: Sequence[Any], fields: Mapping[str, Field]) -> list[bytes]:
-    """What of a sample goes into the pages, in order."""
+def sample_regions(sample: Sequence[Any], fields: Mapping[str, Field]) -> list[bytes]:
+    """Data of a sample that is stored in pages, in order."""
     regions = []
     for field, value in zip(fields.values(), sample, strict=True):
         if field == PICTURES:
@@ -397,7 +525,7 @@ def _regions(sample: Sequence[Any], fields: Mapping[str, Field]) -> list[bytes]:
 
 
 def _row(sample: Sequence[Any], fields: Mapping[str, Field], pointers: Iterator[int]) -> tuple[Any, ...]:
-    """A sample's row of the metadata."""
+    """Metadata row of a sample."""
 
     def cell(field: Field, value: Any) -> Any:
         if field == PICTURES:
@@ -422,7 +550,7 @@ def _descriptors(fields: Mapping[str, Field]) -> bytes:
 
 
 def _field(kind: int, arguments: bytes) -> Field:
-    """The field of a descriptor. Raises KeyError, ValueError or TypeError if it is not of a type that we read."""
+    """Parse the field of a descriptor. Raises KeyError, ValueError or TypeError for unsupported types."""
     if kind != 4:
         return {0: FLOAT, 1: INT, 2: PICTURES}[kind]
     sizes = np.frombuffer(arguments, "<u8", 33).tolist()
@@ -437,7 +565,7 @@ def _field(kind: int, arguments: bytes) -> Field:
 
 @contextmanager
 def _partial(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, removed if the block did not rename it."""
+    """Yield a temporary name in the same folder; remove the file unless the block renamed it."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         yield partial
@@ -445,36 +573,27 @@ def _partial(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _sync(file: Any) -> None:
+def sync_file(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(path: Path, first: int, end: int) -> tuple[str, int]:
-    """SHA-256 of the whole file, and CRC-32 of the bytes first .. end - 1."""
-    sha256, checksum, position = hashlib.sha256(), 0, 0
+def file_digest(path: Path, end: int, first: int = 0, header: bytes = b"") -> tuple[Any, int]:
+    """SHA-256 of the bytes before `end`, the first replaced by `header`, and CRC-32 of bytes first .. end - 1."""
+    sha256, checksum, position = hashlib.sha256(header), 0, len(header)
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
+        file.seek(position)
+        while position < end and (chunk := file.read(min(end - position, 1 << 20))):
             sha256.update(chunk)
-            inside = memoryview(chunk)[max(first - position, 0) : max(end - position, 0)]
+            inside = memoryview(chunk)[max(first - position, 0) :]
             checksum, position = zlib.crc32(inside, checksum), position + len(chunk)
-    return sha256.hexdigest(), checksum
+    return sha256, checksum
 
 
-def _check(path: Path, rows: np.ndarray) -> None:
-    """Open a file just written as any reader would, compare its table, decode 64 of its images."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        written = Beton(path)
-    if written._tables[1].tobytes() != rows.tobytes():
-        raise OSError(f"{path} does not hold the table that was written: check the disk")
+def _check(path: Path, rows: np.ndarray, tail: bytes) -> None:
+    """Open a file just written like any reader, compare its tables and decode 64 images."""
+    written = Beton(path)
+    if written._tables[1].tobytes() != rows.tobytes() or not tail.endswith(written._tables[2].tobytes()):
+        raise OSError(f"{path} differs from the tables that were written; check the disk")
     for i in np.linspace(0, written.count - 1, min(written.count, 64)).astype(int).tolist():
         written.image(i)

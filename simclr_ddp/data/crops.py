@@ -1,7 +1,7 @@
-"""Where to cut: the crop boxes of an epoch as a table, and the reference resize.
+"""Crop boxes of an epoch as a table, and the reference implementation of the resize.
 
-Boxes are computed once an epoch for all samples, outside the loaders, so that every loader cuts alike and no random
-generator runs inside one. A box is (top, left, height, width) in pixels of the stored image.
+Boxes are computed once per epoch for all samples, outside the loaders, so that all loaders cut the same views and none
+contains a random generator. A box is (top, left, height, width) in pixels of the stored image.
 """
 
 import math
@@ -9,11 +9,11 @@ import math
 import numpy as np
 from PIL import Image
 
-from simclr_ddp.beton import Beton
-from simclr_ddp.draws import Draw, uniforms
+from simclr_ddp.data.beton import Beton
+from simclr_ddp.data.draws import Draw, uniforms
 
 TRIES = 10
-_CHUNK = 16384  # samples at a time: the intermediate arrays stay in the processor's cache
+_CHUNK = 16384  # samples per step, so that intermediate arrays stay in the processor's cache
 
 
 def crop_boxes(
@@ -25,20 +25,20 @@ def crop_boxes(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """int32 [n, V, 4]: a random box for each view of each sample, by the law of torchvision's RandomResizedCrop.
+    """Random boxes, int32 [n, V, 4], per view and sample, distributed as in torchvision's RandomResizedCrop.
 
-    index  int64 [n]   the samples' numbers in the data set; a box depends on no other sample
+    index  int64 [n]   positions of the samples in the data set; a box depends on no other sample
     sizes  int [n, 2]  their heights and widths
-    scale              least and greatest share of the area
-    ratio              least and greatest width / height
+    scale              smallest and largest fraction of the area
+    ratio              smallest and largest width / height
 
-    The area is uniform, the logarithm of the aspect uniform; ten tries, then the largest centred box whose aspect is
-    within `ratio`. Raises ValueError for ranges that are impossible.
+    The area and the logarithm of the aspect ratio are uniform. After ten tries the largest centred box whose aspect
+    ratio is within `ratio` is used. Raises ValueError for invalid ranges.
     """
     if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"crop scale {tuple(scale)} is no range of area shares; give 0 < least <= greatest <= 1.")
+        raise ValueError(f"crop_scale={list(scale)}: not a range of area fractions; give 0 < smallest <= largest <= 1")
     if not 0 < ratio[0] <= ratio[1]:
-        raise ValueError(f"crop ratio {tuple(ratio)} is no range of aspects; give 0 < least <= greatest.")
+        raise ValueError(f"ratio={tuple(ratio)}: not a range of aspect ratios; give 0 < smallest <= largest")
     assert index.ndim == 1 and sizes.shape == (len(index), 2)
     boxes = np.empty((len(index), views, 4), np.int32)
     for start in range(0, len(index), _CHUNK):
@@ -56,7 +56,7 @@ def _boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> np.ndarray:
-    # One row a view: everything below is flat, and a try is made only in the rows that have none accepted yet.
+    # One row per view: arrays below are flat, and each try covers only the rows without an accepted box.
     index = np.repeat(index, views)
     view = np.tile(np.arange(views), len(sizes))
     height, width = (np.repeat(side.astype(np.int64), views) for side in sizes.T)
@@ -85,15 +85,15 @@ def _boxes(
 
 
 def filter_margin(extent: int, size: int) -> int:
-    """How many pixels beyond [start, start + extent) the filter that makes `size` of them can reach, at most."""
+    """Upper bound of the pixels that the filter from `extent` to `size` pixels reads beyond the extent."""
     return math.ceil(max(extent / size, 1.0)) + 1
 
 
 def resize_crop(image: Image.Image, box: tuple[int, int, int, int] | np.ndarray, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: the box of the image, resized by Pillow's bilinear filter, antialiased.
+    """Crop the box of the image and resize it to uint8 [size, size, 3] by Pillow's antialiased bilinear filter.
 
-    The reference: what every loader gives. At the box's border the filter reaches into the image around it. Rows are
-    resized before columns, one after the other, since versions of Pillow differ in what they begin with.
+    This is the reference for every loader. At the border of the box the filter reads the surrounding image. Rows are
+    resized before columns in two calls, since versions of Pillow differ in their order.
     """
     top, left, height, width = (int(x) for x in box)
     if image.mode != "RGB":
@@ -107,9 +107,9 @@ def resize_crop(image: Image.Image, box: tuple[int, int, int, int] | np.ndarray,
 
 
 def cut_views(images: Beton, sample: int, boxes: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [V, size, size, 3]: the boxes [V, 4] of one image, which is decoded once.
+    """Decode one image and cut its boxes [V, 4]: uint8 [V, size, size, 3].
 
-    Raises ValueError in one sentence if it can't be decoded.
+    Raises ValueError if the image can't be decoded.
     """
     image = images.jpeg(sample)
     try:
@@ -119,9 +119,9 @@ def cut_views(images: Beton, sample: int, boxes: np.ndarray, size: int) -> np.nd
 
 
 def evaluation_box(height: int, width: int, size: int) -> tuple[int, int, int, int]:
-    """What an evaluation sees of an image: the centred square of 87.5 % of the short side.
+    """Box of the evaluation view: the centred square of 87.5 % of the short side.
 
-    Views of 32 pixels and less show the whole image, as in the official code of Chen et al. 2020.
+    Views of up to 32 pixels show the complete image, as in the official code of Chen et al. 2020.
     """
     if size <= 32:
         return 0, 0, height, width

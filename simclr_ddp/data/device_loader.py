@@ -1,9 +1,9 @@
-"""All images of a small set decoded once and kept on the device, where each step cuts its views: the other loaders'
-views bit for bit.
+"""Loader that decodes a small data set once, keeps it on the device and cuts views there.
 
-Pillow's resize is fixed-point arithmetic: weights of 22 bits, each of the two passes rounded to 8. Here a pass is a
-product of matrices in float64, whose sums of at most 31 bits are exact in any order, on any device. The weights of
-every possible crop along an axis lie in a table, so a step looks them up and computes none: 32-pixel images have 528.
+Its views equal those of the other loaders bit for bit. Pillow's resize is fixed-point arithmetic with 22-bit weights,
+and each of its two passes rounds to 8 bits. Here a pass is a matrix product in float64, whose sums of at most 31 bits
+are exact in any order on any device. A table holds the weights of every possible crop along an axis (528 for 32-pixel
+images), so a step computes none.
 """
 
 import os
@@ -16,27 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_ddp import distributed
-from simclr_ddp.beton import Beton
-from simclr_ddp.crops import filter_margin
-from simclr_ddp.metrics import progress
+from simclr_ddp.data.beton import Beton
+from simclr_ddp.data.crops import filter_margin
+from simclr_ddp.distributed import collectives
+from simclr_ddp.system.console import progress
 
-BITS = 22  # of a weight's fraction
-SHARE = 0.25  # of the device's memory, at most, for the images of one file and their weights
-BLOCK = 1024  # images that go to the device at once
+BITS = 22  # fractional bits of a weight
+SHARE = 0.25  # largest fraction of the device's memory for the images of one file and their weights
+BLOCK = 1024  # images sent to the device at once
 T = TypeVar("T")
 
 
 class Resident(NamedTuple):
-    """What lies on the device."""
+    """Images and weights on the device."""
 
-    pixels: Tensor  # uint8 [n, W, 3, H]: W and H are the file's largest, smaller images lie at the top left
+    pixels: Tensor  # uint8 [n, W, 3, H]: W and H are the file's largest; smaller images are at the top left
     columns: Tensor  # float32 [every crop of every width, size, W]: weights along a row, multiples of 2^-22
-    rows: Tensor  # float32 [every crop of every height, size, H]: along a column
+    rows: Tensor  # float32 [every crop of every height, size, H]: weights along a column
 
 
 def kept_bytes(images: Beton, size: int) -> int:
-    """Memory that the decoded images of a file and the weights for views of `size` pixels take on the device."""
+    """Bytes of the decoded images of a file and of the weights for views of `size` pixels on the device."""
     height, width = images.sizes.max(axis=0).tolist()
     heights, widths = (np.unique(side) for side in images.sizes.T)
     weights = sum(size * side * int(_crops(lengths).sum()) for lengths, side in ((heights, height), (widths, width)))
@@ -44,25 +44,25 @@ def kept_bytes(images: Beton, size: int) -> int:
 
 
 def check_room(images: Beton, size: int, device: torch.device) -> None:
-    """Raises ValueError in one sentence if the file's images take more than their share of the device's memory."""
+    """Raise ValueError if the file's images take more than SHARE of the device's memory."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-    else:  # of which each rank here keeps its own
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // distributed.local_world_size()
-    wanted = kept_bytes(images, size)
-    if wanted > SHARE * total:
+    else:  # divided among the ranks of this machine, each of which keeps the images
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // collectives.local_world_size()
+    needed = kept_bytes(images, size)
+    if needed > SHARE * total:
         raise ValueError(
-            f"data.loader=device: the {images.count:,} images of {images.path} take {wanted:,} bytes decoded, more "
-            f"than {SHARE:.0%} of the {total:,} bytes of {device.type} memory; data.loader=auto (loader=auto in "
-            "linear_eval) decodes batch by batch"
+            f"data.loader=device: the {images.count:,} decoded images of {images.path} take {needed:,} bytes, over "
+            f"{SHARE:.0%} of the {total:,} bytes of {device.type} memory; set data.loader=auto (loader=auto for "
+            "linear_eval) to decode batch by batch"
         )
 
 
 @lru_cache(maxsize=4)
 def resident(images: Beton, size: int, device: torch.device, workers: int) -> Resident:
-    """The images of an open file and the weights for views of `size` pixels, on the device; kept for all who ask.
+    """Images of an open file and weights for views of `size` pixels, on the device; cached.
 
-    `workers` threads decode, at least one. Raises ValueError with one sentence if an image can't be decoded.
+    At least one thread decodes, else `workers`. Raises ValueError if an image can't be decoded.
     """
     height, width = images.sizes.max(axis=0).tolist()
     columns, rows = (
@@ -91,16 +91,16 @@ def _pixels(images: Beton, height: int, width: int, device: torch.device, worker
 
 
 def _crops(length: np.ndarray) -> np.ndarray:
-    """How many crops a side of that length has: pairs (start, extent) with start + extent <= length."""
+    """Number of crops of a side of that length: pairs (start, extent) with start + extent <= length."""
     return length * (length + 1) // 2
 
 
 def _table(lengths: np.ndarray, size: int, strips: bool) -> np.ndarray:
-    """float32 [every crop of every length, size, longest]: what each pixel counts in each of `size` output pixels.
+    """Weight of each input pixel in each output pixel: float32 [every crop of every length, size, longest].
 
     lengths  the sides that occur, ascending
-    strips   weights of `crops.resize_crop`'s second pass, which sees the crop's strip alone: its positions are other
-             float64 numbers, so that a weight may be another one in its last bit
+    strips   compute the weights of `crops.resize_crop`'s second pass, which sees only the crop's strip: its positions
+             are different float64 numbers, so the last bit of a weight may differ
     """
     table = np.zeros((int(_crops(lengths).sum()), size, int(lengths.max())), np.float32)
     entry = 0
@@ -122,9 +122,9 @@ def _table(lengths: np.ndarray, size: int, strips: bool) -> np.ndarray:
 
 
 def _weights(start: np.ndarray, extent: np.ndarray, length: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pillow's weights to resize [start, start + extent) of `length` pixels, one crop a row: `decode._weights`.
+    """Pillow's weights to resize [start, start + extent) of `length` pixels, one crop per row.
 
-    first   int64 [n, size]        the first pixel taken
+    first   int64 [n, size]        first input pixel
     weight  int64 [n, size, taps]  in units of 2^-22
     """
     start, extent, length = start[:, None], extent[:, None], length[:, None]
@@ -138,13 +138,13 @@ def _weights(start: np.ndarray, extent: np.ndarray, length: np.ndarray, size: in
     for tap in range(triangle.shape[2]):
         distance = np.abs((tap + first - centre + 0.5) * (1.0 / support))
         triangle[..., tap] = np.where((distance < 1.0) & (tap < count), 1.0 - distance, 0.0)
-        total += triangle[..., tap]  # one after the other, as Pillow adds
+        total += triangle[..., tap]  # sequentially, as Pillow does
     weight = 0.5 + triangle * (1.0 / total)[..., None] * (1 << BITS)
     return first, weight.astype(np.int64)
 
 
 def entries(images: Beton, index: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the boxes int32 [..., V, 4] of the images `index` [...] lie in the tables.
+    """Positions in the weight tables of the boxes int32 [..., V, 4] of the images `index` [...].
 
     columns, rows  int64 [..., V]
     """
@@ -161,10 +161,10 @@ def entries(images: Beton, index: np.ndarray, boxes: np.ndarray) -> tuple[np.nda
 
 
 def cut(kept: Resident, index: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
-    """uint8 [V, B, 3, size, size]: the views that `crops.resize_crop` gives, without a word from the host.
+    """Cut the views of `crops.resize_crop` on the device: uint8 [V, B, 3, size, size].
 
-    index          int64 [B]     the images
-    columns, rows  int64 [B, V]  their crops, as `entries` says
+    index          int64 [B]     positions of the images
+    columns, rows  int64 [B, V]  their crops, as returned by `entries`
     """
     (count, views), size = columns.shape, kept.rows.shape[1]
     width, height = kept.pixels.shape[1], kept.pixels.shape[3]
@@ -177,7 +177,7 @@ def cut(kept: Resident, index: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
 
 
 def ahead(items: Iterable[T]) -> Generator[T, None, None]:
-    """The items, each made by a thread while the one before it is in use."""
+    """Yield the items; a thread computes each while the previous one is in use."""
     iterator = iter(items)
     with ThreadPoolExecutor(1, "ahead") as pool:
         following = pool.submit(next, iterator, None)

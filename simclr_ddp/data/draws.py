@@ -1,8 +1,8 @@
-"""Randomness that belongs to the sample: every draw is a pure function of (seed, epoch, index, view, draw).
+"""Counter-based random numbers: every draw is a pure function of (seed, epoch, index, view, draw).
 
-A chain of SplitMix64 finalisers (Steele, Lea and Flood 2014) turns the five integers into 64 bits; the upper 24 of
-them make a uniform number that float32 and float64 hold exactly. numpy and torch, CPU and GPU give equal bits, so
-no generator state exists: workers, ranks, batch sizes and restarts alter nothing.
+A chain of SplitMix64 finalisers (Steele, Lea and Flood 2014) turns the five integers into 64 bits; the upper 24 bits
+form a uniform number that float32 and float64 hold exactly. numpy and torch, CPU and GPU give equal bits, and there is
+no generator state: workers, ranks, batch sizes and restarts don't change the numbers.
 """
 
 from enum import IntEnum
@@ -17,7 +17,7 @@ _MASK = (1 << 64) - 1
 
 
 class Draw(IntEnum):
-    """Which random number of a view: one entry a use, so that no two uses share a number."""
+    """Index of a random number of a view; each use has an entry, so that no two uses share a number."""
 
     FLIP = 0
     JITTER = 1
@@ -34,6 +34,8 @@ class Draw(IntEnum):
     CROP = 32  # .. 71: ten tries of (area, aspect, top, left)
     PERMUTATION = 80
     SPLIT = 81
+    LABELLED = 82
+    MONITOR = 83
     DATASET = 96  # .. 105: the ten numbers of a generated Spirograph image
 
 
@@ -48,7 +50,7 @@ def _fold(h: int, value: int) -> int:
 
 
 def hashes(seed: int, epoch: int, index: np.ndarray, view: np.ndarray | int, draw: np.ndarray | int) -> np.ndarray:
-    """uint64 bits for each (index, view, draw); the three broadcast against each other."""
+    """Return uint64 bits for each (index, view, draw); the three broadcast against each other."""
 
     def fold(h: np.ndarray, value: np.ndarray | int) -> np.ndarray:
         h = h + (np.asarray(value).astype(np.uint64) + np.uint64(1)) * np.uint64(_GAMMA)
@@ -64,18 +66,18 @@ def hashes(seed: int, epoch: int, index: np.ndarray, view: np.ndarray | int, dra
 
 
 def uniforms(seed: int, epoch: int, index: np.ndarray, view: np.ndarray | int, draw: np.ndarray | int) -> np.ndarray:
-    """float64 numbers in [0, 1), multiples of 2^-24; index, view and draw broadcast."""
+    """Return float64 numbers in [0, 1), multiples of 2^-24; index, view and draw broadcast."""
     return (hashes(seed, epoch, index, view, draw) >> np.uint64(40)).astype(np.float64) * 2.0**-24
 
 
 def view_uniforms(
     seed: int, epoch: int, index: Tensor, views: int, first: int, count: int, dtype: torch.dtype
 ) -> Tensor:
-    """[V, B, count] numbers in [0, 1) on index's device: draws first .. first + count - 1 of every view.
+    """Return numbers [V, B, count] in [0, 1) on index's device: draws first .. first + count - 1 of every view.
 
     index  [B] int64
 
-    Equal, bit for bit, to `uniforms` of the same arguments.
+    The result equals `uniforms` of the same arguments bit for bit.
     """
 
     def signed(value: int) -> int:
@@ -100,12 +102,18 @@ def view_uniforms(
 
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of an epoch: int64 [count], the same for any number of ranks."""
+    """Order of the samples in an epoch, int64 [count]; the same for any number of ranks."""
     return np.argsort(hashes(seed, epoch, np.arange(count), 0, Draw.PERMUTATION), kind="stable")
 
 
+def monitored(seed: int, count: int, images: int) -> np.ndarray:
+    """Positions of the images that are measured while a run trains, ascending, int64 [images]."""
+    order = np.argsort(hashes(seed, 0, np.arange(count), 0, Draw.MONITOR), kind="stable")
+    return np.sort(order[:images])
+
+
 def holdout(seed: int, count: int, fraction: float) -> np.ndarray:
-    """bool [count]: which samples a validation split of `round(count * fraction)` holds."""
+    """Mask [count] of a validation split of `round(count * fraction)` samples."""
     order = np.argsort(hashes(seed, 0, np.arange(count), 0, Draw.SPLIT), kind="stable")
     held = np.zeros(count, bool)
     held[order[: round(count * fraction)]] = True

@@ -1,11 +1,11 @@
-"""FFCV's Loader with an operation of our own: an image is decoded once, and all its views are cut from it.
+"""FFCV's Loader with a custom operation that decodes an image once and cuts all its views.
 
 FFCV 1.0.2 opens the file, finds the bytes of a sample and compiles the pipeline. Its epoch threads are not used: they
-hang when anything fails, keep memory for five decoded batches, and hand out buffers that are soon overwritten. Here
-a pool of threads runs the compiled pipeline on parts of a batch, each batch in memory of its own. Crop boxes come with
-the batch, from outside, so nothing random happens here, and the views are those of the torch loader, bit for bit.
+hang when anything fails, keep memory for five decoded batches, and return buffers that are soon overwritten. Here a
+pool of threads runs the compiled pipeline on slices of a batch, and each batch has separate memory. Crop boxes are
+passed with the batch, so this module contains no randomness, and its views equal those of the torch loader bit for bit.
 
-This module imports FFCV: `data.usable_loader` says whether it can be.
+This module imports FFCV; `batches.usable_loader` checks whether that is possible.
 """
 
 import ctypes
@@ -25,18 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_ddp.beton import Beton
-from simclr_ddp.crops import cut_views
-from simclr_ddp.decode import TURBOJPEG, cut_views_of
+from simclr_ddp.data.beton import Beton
+from simclr_ddp.data.crops import cut_views
+from simclr_ddp.data.jpeg_views import TURBOJPEG, cut_views_of
 
-LEAST_PART = 8  # images a thread takes at once, at least
+LEAST_PART = 8  # smallest number of images per task of a thread
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """FFCV sets torch's threads for the whole process, when imported and by every Loader; here they stay.
+    """Keep torch's number of threads, which FFCV changes when imported and in every Loader.
 
-    On import it makes a dictionary of two entries whose compilation takes four seconds; here it gets a plain one.
+    On import FFCV also makes a numba dictionary that takes four seconds to compile; a plain dict replaces it.
     """
     threads, typed_dictionary = torch.get_num_threads(), numba.typed.Dict
     numba.typed.Dict = dict
@@ -48,7 +48,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 if not version("ffcv").startswith("1.0."):
-    raise ImportError(f"FFCV {version('ffcv')} is installed, but 1.0.2 is known: pip install ffcv==1.0.2")
+    raise ImportError(f"FFCV {version('ffcv')} is installed, but 1.0.2 is required; pip install ffcv==1.0.2")
 
 with _undisturbed():
     import ffcv._libffcv
@@ -57,7 +57,7 @@ with _undisturbed():
     from ffcv.memory_managers import OSCacheManager
 
 
-# TurboJPEG itself: FFCV's own imdecode takes the fast, less exact DCT and does not tell whether it succeeded.
+# TurboJPEG is called directly: FFCV's imdecode uses the fast, less exact DCT and does not report errors.
 _library = ctypes.CDLL(ffcv._libffcv.__file__)
 _TURBOJPEG = np.array(
     [ctypes.cast(getattr(_library, name), ctypes.c_void_p).value for name in TURBOJPEG],
@@ -66,10 +66,10 @@ _TURBOJPEG = np.array(
 
 
 class DecodeViews(SimpleRGBImageDecoder):
-    """FFCV operation: image -> uint8 [V, size, size, 3], all views cut from one decoded image.
+    """FFCV operation that decodes an image and cuts its views: uint8 [V, size, size, 3].
 
-    Its memory is not FFCV's, but what `ViewLoader.cut` is given. (It is a SimpleRGBImageDecoder since FFCV takes any
-    other operation for a transform, and puts a decoder of its own before it.)
+    It writes to the memory passed to `ViewLoader.cut`, not to FFCV's. (It is a SimpleRGBImageDecoder since FFCV treats
+    any other operation as a transform and inserts its decoder before it.)
     """
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, None]:
@@ -83,9 +83,9 @@ class DecodeViews(SimpleRGBImageDecoder):
 
 
 class _LeanCacheManager(OSCacheManager):
-    """FFCV's access to the file by memory mapping, without its tables of pages.
+    """FFCV's memory-mapped access to the file, without its tables of pages.
 
-    They serve its own random orders alone, and take 3 s and 600 MB per process for ImageNet.
+    The tables serve only FFCV's random orders, and take 3 s and 600 MB per process for ImageNet.
     """
 
     def __init__(self, reader: Any) -> None:
@@ -95,34 +95,34 @@ class _LeanCacheManager(OSCacheManager):
         self.storage = (np.memmap(reader.file_name, np.uint8, mode="r").view(np.ndarray), self.ptrs, self.sizes)
 
     def compile_reader(self) -> None:
-        """Nothing: `cut_views_of` reads by itself."""
+        """Do nothing: `cut_views_of` reads the file directly."""
 
 
 class ViewLoader(ffcv_loader.Loader):
-    """FFCV's Loader of a file, with `DecodeViews` as the pipeline of its images; other fields are not read."""
+    """FFCV's Loader of a file with `DecodeViews` as the image pipeline; other fields are not read."""
 
     def __init__(self, images: Beton) -> None:
         pipelines = dict.fromkeys(images.fields) | {"image": [DecodeViews()]}
         with _undisturbed():
-            whole, ffcv_loader.OSCacheManager = ffcv_loader.OSCacheManager, _LeanCacheManager
+            original, ffcv_loader.OSCacheManager = ffcv_loader.OSCacheManager, _LeanCacheManager
             try:
                 super().__init__(str(images.path), 1, num_workers=1, os_cache=True, pipelines=pipelines, seed=0)
             finally:
-                ffcv_loader.OSCacheManager = whole
+                ffcv_loader.OSCacheManager = original
         stages, _ = self.code
         self._stage = stages[0][0]
         (self._node,) = self.graph.collect_requirements()[0]["operation"]
 
     def __iter__(self) -> Iterator[Any]:
-        raise TypeError("FFCV's own epochs know no crop boxes: read_views gives the batches")
+        raise TypeError("FFCV's epochs have no crop boxes; use read_views")
 
     def cut(self, index: np.ndarray, boxes: np.ndarray, views: np.ndarray, failed: np.ndarray) -> None:
-        """Run the compiled pipeline: write the views [B, V, size, size, 3] of the samples `index` int64 [B].
+        """Run the compiled pipeline, which writes the views [B, V, size, size, 3] of the samples `index` int64 [B].
 
         boxes   int32 [B, V, 4]
-        failed  bool [B], false; made true where the image could not be decoded, and no view was written
+        failed  bool [B], initially false; set to true where an image can't be decoded and no view was written
 
-        Any number of threads may do so at the same time; Python's lock is not held.
+        Any number of threads may call this concurrently; it does not hold the GIL.
         """
         memory = {f"memory_{self._node}": (views, boxes, failed, _TURBOJPEG), f"shared_memory_{self._node}": None}
         self._stage(
@@ -130,13 +130,13 @@ class ViewLoader(ffcv_loader.Loader):
         )
 
 
-_opened = lru_cache(maxsize=4)(ViewLoader)  # compiled once for all who read an open file
+_opened = lru_cache(maxsize=4)(ViewLoader)  # compiled once per open file
 
 
 def _memory(shape: tuple[int, ...], pinned: bool) -> Tensor:
-    """uint8 of that shape, to be written. It is mapped by itself: a fragmented heap would grow by hundreds of MB."""
+    """Uninitialised uint8 memory, mapped separately: a fragmented heap would grow by hundreds of MB."""
     if pinned:
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch keeps it until its copies are done
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch keeps it until copies are done
     pages = mmap.mmap(-1, math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=torch.uint8).view(shape)
 
@@ -153,12 +153,11 @@ class _Batch:
 def read_views(
     images: Beton, size: int, cuts: Iterable[tuple[np.ndarray, np.ndarray]], workers: int, ahead: int, pinned: bool
 ) -> Generator[Tensor, None, None]:
-    """uint8 [B, V, size, size, 3] for each (index int64 [B], boxes int32 [B, V, 4]) of `cuts`, in order.
+    """Yield uint8 [B, V, size, size, 3] for each (index int64 [B], boxes int32 [B, V, 4]) of `cuts`, in order.
 
-    `workers` threads, at least one, decode the `ahead` batches that come next while one is used. The memory is pinned
-    for a GPU if wanted. What a thread raises is raised here. An image that TurboJPEG complains about is given to
-    Pillow, as in the torch loader: raises ValueError with one sentence if that can't decode it either. Closed, the
-    threads have ended.
+    `workers` threads (at least one) decode the next `ahead` batches while one is in use. `pinned` pins the memory for a
+    GPU. Exceptions of threads are raised here. An image that TurboJPEG rejects is decoded by Pillow, as in the torch
+    loader; raises ValueError if Pillow can't decode it either. Closing the generator ends the threads.
     """
     loader, workers = _opened(images), max(1, workers)
     pool = ThreadPoolExecutor(workers, "decode")

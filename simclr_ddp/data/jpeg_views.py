@@ -1,11 +1,11 @@
-"""Decode JPEGs and cut views from them, in compiled code for FFCV's pipeline: the torch loader's views bit for bit.
+"""Compiled code for FFCV's pipeline that decodes JPEGs and cuts views, bit for bit those of the torch loader.
 
-Decoding is TurboJPEG's. The resize is Pillow's bilinear filter in 8-bit fixed point, as in `crops.resize_crop`: a
-triangle as wide as the reduction, weights of 22 bits, first along the rows, then along the columns, each result rounded
-to 8 bits. The pass along the rows is where the time goes; it is written as vector instructions, eight lanes of two rows
-and four bytes: 0.13 ms instead of 0.5 ms from 310 x 310 to 224 x 224 pixels.
+TurboJPEG decodes. The resize is Pillow's bilinear filter in 8-bit fixed point, as in `crops.resize_crop`: a triangle as
+wide as the reduction with 22-bit weights, first along the rows, then along the columns, each result rounded to 8 bits.
+The pass along the rows dominates the time; it is written as vector instructions with eight lanes (two rows of four
+bytes): 0.13 ms instead of 0.5 ms from 310 x 310 to 224 x 224 pixels.
 
-The compiled code is kept on disk, and made anew when this file changes: what is compiled together is in one file.
+The compiled code is cached on disk and rebuilt when this file changes, so everything compiled together is in this file.
 """
 
 from collections.abc import Callable
@@ -19,22 +19,22 @@ from numba.extending import intrinsic
 
 
 def _compiled(function: Callable) -> Any:
-    """Compiled, without Python's lock, and kept on disk where there is a folder that can be written."""
+    """Compile without the GIL; cache on disk if a cache folder is writable."""
     try:
         return njit(nogil=True, cache=True)(function)
     except RuntimeError:
         return njit(nogil=True)(function)
 
 
-BITS = 22  # of a weight's fraction
+BITS = 22  # fractional bits of a weight
 HALF = 1 << (BITS - 1)
 
 
 @_compiled
 def _weights(start: int, extent: int, length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What to mix into each of `size` output pixels from [start, start + extent) of a row of `length` pixels.
+    """Weights that resize [start, start + extent) of a row of `length` pixels to `size` pixels.
 
-    first, count  int64 [size]        the pixels taken
+    first, count  int64 [size]        range of input pixels
     weight        int32 [size, taps]  in units of 2^-22
     """
     scale = extent / size
@@ -60,9 +60,9 @@ def _weights(start: int, extent: int, length: int, size: int) -> tuple[np.ndarra
 def _mix_two_rows(
     typing_context: Any, source: Any, pitch: Any, weights: Any, taps: Any, target: Any, target_pitch: Any
 ) -> Any:
-    """At the address `target` and `target_pitch` bytes on: the sum of weights[t] * the pixel t of each of two rows.
+    """Write the sum of weights[t] * pixel t of two rows to the addresses `target` and `target + target_pitch`.
 
-    The rows begin at `source` and `pitch` bytes on. Four bytes are read and written for a pixel of three.
+    The rows begin at the addresses `source` and `source + pitch`. Four bytes are read and written per 3-byte pixel.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -102,13 +102,13 @@ def _mix_two_rows(
 
 @_compiled
 def _along_rows(image: np.ndarray, start: int, extent: int, size: int) -> np.ndarray:
-    """uint8 [H, 3 size + 1]: each row's pixels [start, start + extent) resized to `size`, and a byte of padding."""
+    """Resize pixels [start, start + extent) of each row to `size`: uint8 [H, 3 size + 1] with a byte of padding."""
     height, width, _ = image.shape
     first, count, weight = _weights(start, extent, width, size)
     out = np.empty((height, 3 * size + 1), np.uint8)
     pitch, out_pitch, weight_pitch = 3 * width, 3 * size + 1, 4 * weight.shape[1]
     for pair in range(0, height, 2):
-        row = max(0, min(pair, height - 2))  # an odd last row is done with the one before
+        row = max(0, min(pair, height - 2))  # an odd last row is computed with the previous one
         step = int(height > 1)
         source, target = image.ctypes.data + row * pitch, out.ctypes.data + row * out_pitch
         for x in range(size):
@@ -125,9 +125,9 @@ def _along_rows(image: np.ndarray, start: int, extent: int, size: int) -> np.nda
 
 @_compiled
 def resize_crop(image: np.ndarray, box: np.ndarray, out: np.ndarray) -> None:
-    """Write into `out` what `crops.resize_crop` returns.
+    """Write the result of `crops.resize_crop` to `out`.
 
-    image  uint8 [H, W, 3], contiguous; one byte behind its last is read, and must be readable
+    image  uint8 [H, W, 3], contiguous; the byte after its last one must be readable
     box    int [4]: top, left, height, width
     out    uint8 [size, size, 3], contiguous
     """
@@ -149,18 +149,18 @@ def resize_crop(image: np.ndarray, box: np.ndarray, out: np.ndarray) -> None:
             target[j] = total[j] >> BITS
 
 
-def _c_function(returns: types.Type, *wanted: types.Type) -> Any:
-    """call(address, arguments) in compiled code: a C function of which only the types are compiled in.
+def _c_function(returns: types.Type, *parameters: types.Type) -> Any:
+    """Return call(address, arguments) for compiled code: a C function of which only the types are compiled in.
 
-    Its address is another in every process, and the compiled code is kept for all.
+    The address differs between processes, while the compiled code is cached for all.
     """
 
     @intrinsic
     def call(typing_context: Any, address: Any, arguments: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            kind = ir.FunctionType(context.get_value_type(returns), [context.get_value_type(t) for t in wanted])
+            kind = ir.FunctionType(context.get_value_type(returns), [context.get_value_type(t) for t in parameters])
             given = cgutils.unpack_tuple(builder, values[1])
-            given = [context.cast(builder, *value) for value in zip(given, arguments.types, wanted, strict=True)]
+            given = [context.cast(builder, *value) for value in zip(given, arguments.types, parameters, strict=True)]
             return builder.call(builder.inttoptr(values[0], kind.as_pointer()), given)
 
         return returns(types.intp, arguments), generate
@@ -178,11 +178,11 @@ _tj_destroy = _c_function(_int, _address)
 
 @_compiled
 def cut_views_of(index: Any, memory: Any, metadata: Any, storage: Any) -> None:
-    """Decode the images `index`, and cut from each the views that its boxes say.
+    """Decode the images `index` and cut the boxes of their views.
 
-    memory    (views, boxes, failed) of `ffcv_loader.ViewLoader.cut`, and int64 addresses of the functions TURBOJPEG
-    metadata  the file's rows: mode, height, width, data_ptr
-    storage   (uint8 all bytes of the file, uint64 pointers, uint64 how many bytes lie there)
+    memory    (views, boxes, failed) of `ffcv_loader.ViewLoader.cut`, and int64 addresses of the TURBOJPEG functions
+    metadata  rows of the file: mode, height, width, data_ptr
+    storage   (uint8 bytes of the file, uint64 pointers, uint64 lengths of their data)
     """
     views, boxes, failed, functions = memory
     init, header, decompress, destroy = functions[0], functions[1], functions[2], functions[3]
@@ -192,7 +192,7 @@ def cut_views_of(index: Any, memory: Any, metadata: Any, storage: Any) -> None:
         if metadata[sample]["mode"] == 0:
             size = 3 * np.int64(metadata[sample]["height"]) * np.int64(metadata[sample]["width"])
             largest = max(largest, size)
-    decoded = np.empty(largest + 1, np.uint8)  # resize_crop reads a byte more
+    decoded = np.empty(largest + 1, np.uint8)  # resize_crop reads one more byte
     found = np.empty(4, np.int32)  # width, height, subsampling, colour space
     width_at, pixels_at = found.ctypes.data, decoded.ctypes.data
     handle = _tj_init(init, ())

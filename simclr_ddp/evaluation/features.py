@@ -1,139 +1,120 @@
-"""What the evaluators share: the encoder of a run, a checkpoint or a file, and the representations it gives."""
+"""Representations of a data set by a frozen encoder, computed by all ranks and kept in a cache."""
 
-import json
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
-from simclr_ddp import checkpoint, cli, config, distributed
-from simclr_ddp.data import Dataset, evaluation_batches, evaluation_images, usable_workers
-from simclr_ddp.model import Encoder
-from simclr_ddp.runtime import Runtime
+from simclr_ddp.data.augmentations import Augmentation
+from simclr_ddp.data.batches import evaluation_batches, evaluation_images, training_images
+from simclr_ddp.data.crops import crop_boxes
+from simclr_ddp.data.dataset import Dataset
+from simclr_ddp.distributed import collectives
+from simclr_ddp.distributed.runtime import Runtime
+from simclr_ddp.evaluation import cache
+from simclr_ddp.losses.contrastive import normalize
+from simclr_ddp.models.resnet import Encoder
+from simclr_ddp.runs.encoder import Head, Spec
+from simclr_ddp.system import console
+from simclr_ddp.system.machine import usable_workers
 
-
-class Spec(NamedTuple):
-    """How to build an encoder and feed it."""
-
-    arch: str
-    width: float
-    stem: str
-    size: int  # pixels, height and width of an image
-    mean: list[float]  # subtracted from the channels of [0, 1] images, which are then
-    std: list[float]  # divided by these
+EPOCH = 2**32  # of the draws of averaged views: no training reaches it, so that it has seen none of them
 
 
-class Loaded(NamedTuple):
-    encoder: Encoder  # float32, on the CPU
-    spec: Spec
-    settings: dict[str, Any]  # of the run, by dotted key; {} where they are not known
-    file: Path  # what was read
-    folder: Path  # where results go
-    step: int | None  # None where the file does not say it
+class Averaging(NamedTuple):
+    """Augmented views of each image, whose representations are averaged: Foster et al. 2021 (InvCLR).
 
-
-def load_encoder(path: str | Path) -> Loaded:
-    """The encoder of a run directory, a training checkpoint (.pt) or an exported encoder (.safetensors); on all ranks.
-
-    Of a run directory its encoder.safetensors, or where training has not ended its newest valid checkpoint. Raises
-    ValueError in one sentence if there is none.
+    A view is a function of (seed, view, image). Spirograph views have new nuisance numbers instead.
     """
-    path = Path(path)
-    file, folder = path, path.parent
-    if path.is_dir():
-        file, folder = path / distributed.from_main(_in_run(path) if distributed.is_main() else ""), path
-        if file == path:
-            raise ValueError(
-                f"{path} holds neither encoder.safetensors nor a valid checkpoint: "
-                "give the directory of a run that has saved something, or such a file"
-            )
-    elif not path.exists():
-        raise ValueError(f"there is no run {path}: give a run directory, a checkpoint (.pt) or an encoder.safetensors")
-    if file.suffix == ".safetensors":
-        spec, settings, weights, step = _exported(file)
-    else:
-        spec, settings, weights, step = _checkpoint(file)
-    encoder = Encoder(spec.arch, spec.width, spec.stem)
-    try:
-        encoder.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file} does not hold a {spec.arch} x {spec.width:g}, as it says: {reason}") from error
-    return Loaded(encoder, spec, settings, file, folder, step)
+
+    views: int
+    seed: int
+    crop_scale: list[float]
+    distortion: dict[str, Any]  # flip and colour distortion: arguments of Augmentation
 
 
-def random_encoder(spec: Spec, seed: int) -> Encoder:
-    """An untrained encoder of the same kind; the weights depend on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Encoder(spec.arch, spec.width, spec.stem)
+def averaging(views: int, seed: int, settings: dict[str, Any], spec: Spec) -> Averaging | None:
+    """Average over `views` views of the crop, flip and colour distortion of a run; None for 0, the evaluation view.
 
-
-def _in_run(run_dir: Path) -> str:
-    """The file to read, relative to the run directory; "" if there is none. It may be training: nothing is touched."""
-    if (run_dir / "encoder.safetensors").exists():
-        return "encoder.safetensors"
-    for path in reversed(checkpoint.all_steps(run_dir / "checkpoints")):
-        try:
-            checkpoint.load(path)
-        except ValueError as error:
-            cli.warn(f"{error}; going on with the one before")
-        else:
-            return str(path.relative_to(run_dir))
-    return ""
-
-
-def _exported(file: Path) -> tuple[Spec, dict[str, Any], dict[str, Tensor], int | None]:
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} can't be read as safetensors ({error}): copy or export it again") from error
-    try:
-        mean, std = json.loads(metadata["mean"]), json.loads(metadata["std"])
-        spec = Spec(
-            metadata["arch"], float(metadata["width"]), metadata["stem"], int(metadata["size"]), list(mean), list(std)
-        )
-    except (KeyError, ValueError, TypeError) as error:
+    settings  of the run by dotted key. Raises ValueError if they are not known.
+    """
+    if not views:
+        return None
+    section = "data.augmentation."
+    a = {key.removeprefix(section): value for key, value in settings.items() if key.startswith(section)}
+    if not a:
         raise ValueError(
-            f"{file} does not say how to build its encoder ({type(error).__name__} {error}): "
-            "an encoder.safetensors of a run of this tool is wanted"
-        ) from error
-    record = file.parent / "config.yaml"
-    settings = config.read_yaml(record) if record.exists() else {}
-    step = metadata.get("step", "")
-    return spec, {k: v for k, v in settings.items() if k != "starts"}, weights, int(step) if step.isdigit() else None
-
-
-def _checkpoint(file: Path) -> tuple[Spec, dict[str, Any], dict[str, Tensor], int]:
-    wanted = "a checkpoint of a training run of this tool, or an encoder.safetensors, is wanted"
-    try:
-        saved = checkpoint.load(file)
-    except ValueError as error:
-        raise ValueError(f"{error}: {wanted}") from error
-    weights = {k.removeprefix("encoder."): v for k, v in saved["model"].items() if k.startswith("encoder.")}
-    try:
-        settings = config.dotted(saved["config"])
-        keys = (
-            "model.arch",
-            "model.width",
-            "model.stem",
-            "data.size",
-            "data.augmentation.mean",
-            "data.augmentation.std",
+            f"views={views}: the augmentation of the run is not known without its settings; give the run directory or "
+            "a checkpoint (.pt), or set views=0"
         )
-        spec = Spec(*(settings[key] for key in keys))
-    except (KeyError, AttributeError) as error:
-        raise ValueError(f"checkpoint {file} holds no settings of a pretraining run: {wanted}") from error
-    return spec, settings, weights, saved["step"]
+    distortion = {
+        "flip": a["flip"],
+        "strength": a["strength"],
+        "jitter_probability": a["jitter"],
+        "permuted": a["order"] == "permuted",
+        "greyscale": a["greyscale"],
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+    }
+    return Averaging(views, seed, list(a["crop_scale"]), distortion)
+
+
+def key_of(weights: str, dataset: Dataset, spec: Spec, runtime: Runtime, averaged: Averaging | None) -> dict[str, Any]:
+    """Everything that representations depend on."""
+    return {
+        "weights": weights,
+        "images": dataset.fingerprint,
+        "encoder": spec._asdict(),
+        "averaged": None if averaged is None else averaged._asdict(),
+        "precision": runtime.precision,
+        "by_rows": dataset.by_rows,
+    }
+
+
+def embed(
+    encoder: Encoder,
+    weights: str,
+    dataset: Dataset,
+    spec: Spec,
+    runtime: Runtime,
+    *,
+    averaged: Averaging | None,
+    folder: Path | None,
+    batch_size: int,
+    workers: int,
+    loader: str,
+    title: str,
+) -> Tensor:
+    """Return representations h like `representations`, from the cache if they are there; else fill it.
+
+    weights   hash of the encoder's weights: runs.encoder.hash_of
+    averaged  None: of the evaluation view; else the mean of the representations of augmented views
+    folder    the cache; None to neither read nor write one
+    """
+    key = key_of(weights, dataset, spec, runtime, averaged)
+    path = cache.path_of(folder, Path(dataset.source).stem, key) if folder else None
+    shape = dataset.count, encoder.width_out
+    kept = cache.read(path, key, shape) if path and collectives.is_main() else None
+    if collectives.broadcast_object(kept is not None):
+        console.say(f"{title}: {dataset.count:,} representations are read from {path}")
+        return torch.empty(0, encoder.width_out, dtype=runtime.dtype) if kept is None else kept
+    h = representations(
+        encoder,
+        dataset,
+        spec,
+        runtime,
+        averaged=averaged,
+        batch_size=batch_size,
+        workers=workers,
+        loader=loader,
+        title=title,
+    )
+    if path and collectives.is_main():
+        cache.write(path, key, h)
+    return h
 
 
 @torch.no_grad()
@@ -148,58 +129,84 @@ def representations(
     loader: str,
     title: str,
     index: np.ndarray | None = None,
+    averaged: Averaging | None = None,
+    transform: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """[n, D] on the CPU of rank 0, [0, D] on the others: h of the evaluation views of the images `index`, or of all.
+    """Compute representations h of evaluation views: [n, D] on the CPU of rank 0, [0, D] on other ranks.
 
-    index  [n] positions in the file; None: all, in its order
+    index      [n] positions in the file; None: all images, in the order of the file
+    averaged   augmented views whose representations are averaged instead
+    transform  function from evaluation views, uint8 [1, B, 3, H, W], and positions [B] to normalised float views
 
-    The encoder is in evaluation mode: batch norm uses its running statistics. float32, or float64 under precision
-    fp64. Each rank takes a contiguous share of the images, none of them twice, in batches of batch_size, which are
-    gathered as they come. `title` begins the lines of progress.
+    The encoder is in evaluation mode, so batch norm uses its running statistics. The result is float32, or float64 with
+    precision fp64. Batches of batch_size views are dealt to the ranks in turn and gathered as they finish: every batch
+    holds the same images on any number of ranks, so with the same threads per rank they compute the same bits. `title`
+    is the prefix of progress lines.
     """
     encoder = encoder.to(runtime.device, runtime.dtype).eval()
     encoder.to(memory_format=encoder.memory_format)
-    images = evaluation_images(dataset, spec.mean, spec.std, runtime.dtype)
     index = np.arange(dataset.count) if index is None else index
-    shares = np.array_split(np.arange(len(index)), distributed.world_size())
+    count = max(1, batch_size // (averaged.views if averaged else 1))  # images of a batch
+    ranks, main = collectives.world_size(), collectives.is_main()
+    rows = [index[first : first + count] for first in range(0, len(index), count)][collectives.rank() :: ranks]
+    local = np.concatenate(rows) if rows else index[:0]
     batches = evaluation_batches(
         dataset,
-        index[shares[distributed.rank()]],
+        local,
         size=spec.size,
-        batch_size=batch_size,
-        workers=usable_workers(workers, distributed.local_world_size()),
+        batch_size=count,
+        workers=usable_workers(workers, collectives.local_world_size()),
         loader=loader,
         device=runtime.device,
+        boxes=_boxes(dataset, local, averaged),
     )
-    main = distributed.is_main()
     h_all = torch.empty(len(index) if main else 0, encoder.width_out, dtype=runtime.dtype)
-    for first in _progress(range(0, len(shares[0]), batch_size), len(index), batch_size, title):
-        # Shares differ by at most one image, but then maybe by one batch: every rank gathers equally often.
-        block = torch.zeros(1, batch_size, encoder.width_out, dtype=runtime.dtype, device=runtime.device)
-        batch = next(batches, None)
-        if batch is not None:
-            with runtime.autocast():
-                h = encoder(images(batch.inputs)[0].contiguous(memory_format=encoder.memory_format))
-            block[0, : len(h)] = h
-        gathered = distributed.gather(block)[0].cpu()
-        for share, rows in zip(shares if main else [], gathered.split(batch_size), strict=main):
-            place = share[first : first + batch_size]
-            h_all[torch.from_numpy(place)] = rows[: len(place)]
+    with console.Progress(len(index), title=title) as progress:
+        for first in range(0, len(index), ranks * count):
+            block = torch.zeros(1, count, encoder.width_out, dtype=runtime.dtype, device=runtime.device)
+            collectives.note("its data", step=first // (ranks * count))
+            batch = next(batches, None)  # the last batches may be fewer than the ranks
+            collectives.note("the forward pass")
+            if batch is not None:
+                images = (transform or _images(dataset, spec, runtime, averaged))(batch.inputs, batch.sample)
+                with runtime.autocast():
+                    h = encoder(images.flatten(0, 1).contiguous(memory_format=encoder.memory_format))
+                block[0, : images.shape[1]] = h.to(runtime.dtype).unflatten(0, images.shape[:2]).mean(0)
+            gathered = collectives.gather(block)[0].cpu()
+            if main:
+                place = h_all[first : first + ranks * count]
+                place.copy_(gathered[: len(place)])
+                progress.advance(len(place))
     return h_all
 
 
-def _progress(firsts: range, count: int, batch_size: int, title: str) -> Iterator[int]:
-    """The values of the range; a bar with rate and time left on a terminal, a line every ten seconds elsewhere."""
-    world_size = distributed.world_size()
-    on_terminal = distributed.is_main() and sys.stderr.isatty()
-    bar = tqdm(total=count, desc=title, unit=" images", disable=not on_terminal, dynamic_ncols=True)
-    start = last = time.perf_counter()
-    for first in firsts:
-        yield first
-        now, done = time.perf_counter(), min((first + batch_size) * world_size, count)
-        rate = done / (now - start)
-        bar.update(done - bar.n)
-        if not on_terminal and (now - last > 10 or done == count):
-            last = now
-            cli.say(f"{title}: {done:,} of {count:,} images, {rate:,.0f} images/s, {(count - done) / rate:.0f} s left")
-    bar.close()
+def _boxes(dataset: Dataset, index: np.ndarray, averaged: Averaging | None) -> np.ndarray | None:
+    if averaged is None or not dataset.decoded:
+        return None
+    low, high = averaged.crop_scale
+    return crop_boxes(averaged.seed, EPOCH, index, dataset.file.sizes[index], averaged.views, (low, high))
+
+
+def _images(dataset: Dataset, spec: Spec, runtime: Runtime, averaged: Averaging | None) -> Any:
+    """Function from (inputs, positions [B]) of a batch to float views [V, B, 3, H, W]."""
+    if averaged is None:
+        plain = evaluation_images(dataset, spec.mean, spec.std, runtime.dtype)
+        return lambda inputs, _: plain(inputs)
+    augmentation = Augmentation(views=averaged.views, **averaged.distortion)
+    augment = training_images(dataset, augmentation, averaged.seed, runtime.dtype, averaged.views)
+    return lambda inputs, sample: augment(inputs, EPOCH, sample)
+
+
+@torch.no_grad()
+def project(h: Tensor, head: Head, runtime: Runtime, batch_size: int) -> Tensor:
+    """Return embeddings z [n, d] of representations h [n, D]: projected, then normalised as in the loss of the run.
+
+    The embedding of an average is that of the averaged representation.
+    """
+    module = head.module.to(runtime.device, runtime.dtype).eval()
+    found = []
+    for part in h.split(batch_size):
+        with runtime.autocast():
+            y = module(part.to(runtime.device))
+        found.append(normalize(y.to(runtime.dtype), head.squared_radius, head.norm_p).cpu())
+    return torch.cat(found)

@@ -1,4 +1,4 @@
-"""The labelled images that an evaluator fits and judges a model on: opened, checked against each other, described."""
+"""Labelled training and test images of an evaluation: opening, consistency checks and description."""
 
 from typing import Any
 
@@ -6,15 +6,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_ddp import cli, spirograph
-from simclr_ddp.data import Dataset, open_dataset
-from simclr_ddp.representations import Loaded
+from simclr_ddp.data import spirograph
+from simclr_ddp.data.dataset import Dataset, in_classes_of, open_dataset
+from simclr_ddp.runs import checkpoint
+from simclr_ddp.runs.encoder import Loaded
+from simclr_ddp.runs.evaluations import fingerprint
+from simclr_ddp.system import console
 
 
-def open_labelled(given: dict[str, str], loaded: Loaded) -> tuple[Dataset, Dataset]:
-    """Training and test images, labelled alike; ValueError in one sentence where they are not.
+def open_labelled(given: dict[str, str], loaded: Loaded) -> tuple[Dataset, Dataset, str]:
+    """Open training and test images, with equal class numbers; raise ValueError unless labels are of one kind.
 
-    given  a .beton file or `spirograph` for "train" and "test"; empty: what the encoder's run names
+    given  a .beton file or `spirograph` for "train" and "test"; empty: the data set of the encoder's run
+
+    Also returns what the test images are: "test", or "train" if the linear model or the encoder is trained on them.
     """
     sources = {}
     for split in ("train", "test"):
@@ -23,76 +28,94 @@ def open_labelled(given: dict[str, str], loaded: Loaded) -> tuple[Dataset, Datas
             where = (
                 "is empty in the settings of the run" if loaded.settings else "is not known without the run's settings"
             )
-            raise ValueError(f"data.{split} {where}: {split}=FILE.beton gives the {split} images")
-    train, test = open_dataset(sources["train"], "train"), open_dataset(sources["test"], "test")
+            raise ValueError(f"data.{split} {where}; give the {split} images as {split}=FILE.beton")
+    form = loaded.settings.get("data.spirograph", "image")
+    train, test = (_open(sources[split], split, given[split], form) for split in ("train", "test"))
     for split, dataset in (("train", train), ("test", test)):
         if dataset.labels is None:
             raise ValueError(
-                f"{split}={dataset.source} has no labels, and there is nothing to evaluate without: "
-                f"{split}=FILE.beton gives labelled images"
+                f"{split}={dataset.source}: has no labels, which the evaluation needs; give labelled images as "
+                f"{split}=FILE.beton"
             )
         if not np.isfinite(dataset.labels).all() or (dataset.has_classes and dataset.labels.min() < 0):
             raise ValueError(
-                f"{split}={dataset.source} has labels that are negative or not finite: write it again with classes "
+                f"{split}={dataset.source}: some labels are negative or not finite; write the file again with classes "
                 "from 0, or with numbers"
             )
     assert train.labels is not None and test.labels is not None
     if train.labels.shape[1:] != test.labels.shape[1:]:
         raise ValueError(
-            f"train={train.source} has {_kind(train)} for labels, but test={test.source} has {_kind(test)}: "
+            f"train={train.source}: its labels are {_kind(train)}, but those of test={test.source} are {_kind(test)}; "
             "give two files of one data set"
         )
     if train.has_classes:
+        test = in_classes_of(train, test)
         _check_classes(train, test)
-    if train.fingerprint == test.fingerprint:
-        cli.warn(f"the test images are the training images, {train.source}: the figures say nothing of new images")
-    return train, test
+    of_run = (fingerprint(loaded.settings.get("data.train", "")), checkpoint.trained_on(loaded.folder / "checkpoints"))
+    if test.fingerprint != train.fingerprint and not any(test.is_known_as(found) for found in of_run if found):
+        return train, test, "test"
+    whose = "" if test.fingerprint == train.fingerprint else " of the run"
+    console.warn(f"test={test.source}: these are the training images{whose}; the metrics don't apply to new images")
+    return train, test, "train"
+
+
+def _open(source: str, split: str, given: str, form: str) -> Dataset:
+    try:
+        return open_dataset(source, split, form)
+    except FileNotFoundError as error:
+        if given:
+            raise
+        raise ValueError(
+            f"data.{split}={source} of the run does not exist here; give its file as {split}=FILE.beton"
+        ) from error
 
 
 def _kind(dataset: Dataset) -> str:
-    assert dataset.labels is not None
+    if dataset.labels is None:
+        return "none"
     return "classes" if dataset.has_classes else f"{dataset.labels.shape[1]} numbers"
 
 
 def _check_classes(train: Dataset, test: Dataset) -> None:
     assert train.labels is not None and test.labels is not None
-    if train.classes and test.classes and train.classes != test.classes:
-        first = next(i for i in range(test.class_count) if train.classes[i : i + 1] != test.classes[i : i + 1])
-        here, there = (" ".join(names[first : first + 1]) or "missing" for names in (train.classes, test.classes))
-        raise ValueError(
-            f"class {first} is {here} in train={train.source} and {there} in test={test.source}: "
-            "write both with the same class folders (an empty one keeps its number)"
-        )
     known = np.unique(train.labels)
     unknown = np.setdiff1d(test.labels, known)
     if len(unknown):
         name = f" ({test.classes[unknown[0]]})" if test.classes else ""
         raise ValueError(
-            f"test={test.source} holds class {unknown[0]}{name}, of which train={train.source} has no image: "
+            f"test={test.source}: class {unknown[0]}{name} has no image in train={train.source}; "
             "give training images of every class"
         )
     if len(known) < 2:
-        raise ValueError(f"train={train.source} holds one class only: images of at least two are wanted")
+        raise ValueError(f"train={train.source}: has only one class; give images of at least two")
 
 
 def labels_of(dataset: Dataset, device: torch.device) -> Tensor:
-    """int64 [n] classes, or float64 [n, K] numbers."""
+    """Labels on the device: int64 [n] classes, or float64 [n, K] numbers."""
     labels = torch.from_numpy(dataset.labels).to(device)
     return labels if dataset.has_classes else labels.double()
 
 
 def number_names(dataset: Dataset) -> list[str]:
-    """Names of the label's numbers: the generated set's, those in the file's sidecar, or their positions."""
+    """Names of the numbers in a label: from the generated set, the file, or their positions."""
     assert dataset.labels is not None
     count = dataset.labels.shape[1]
-    names = list(spirograph.TARGETS) if dataset.images is None else dataset.images.info.get("numbers") or []
+    names = dataset.file.numbers or [] if dataset.stored else list(spirograph.TARGETS)
     return names if len(names) == count else [f"number {i}" for i in range(count)]
 
 
-def about(dataset: Dataset) -> dict[str, Any]:
-    """What the record of an evaluation says of its images."""
+def absent_classes(train: Dataset, test: Dataset) -> list[str]:
+    """Names of the classes that have training images but no test images."""
+    assert train.labels is not None and test.labels is not None
+    absent = np.setdiff1d(train.labels, test.labels).tolist()
+    return [train.classes[i] if train.classes else f"class {i}" for i in absent]
+
+
+def about(dataset: Dataset, split: str) -> dict[str, Any]:
+    """Description of a data set for the record of an evaluation; its fingerprint is the hash of its content."""
     return {
         "source": dataset.source,
+        "split": split,
         "fingerprint": dataset.fingerprint,
         "images": dataset.count,
         "labels": _kind(dataset),

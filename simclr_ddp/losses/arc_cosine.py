@@ -8,7 +8,7 @@ With cos θ = 1 - τ(1 - a·b) = 1 - τ|a-b|²/2, 0 < τ <= 1, so that τ *multi
     order 3   J = 3 sin θ cos θ + (π-θ)(1 + 2 cos²θ) = φ (2 + cos 2φ) - 1.5 sin 2φ     J' = 4 sin φ (sin φ - φ cos φ)
 
 and dφ = d cos θ / sin φ. Towards φ = 0 (opposite vectors) J falls as φ, φ³/3, 4φ⁵/15. cos θ is kept EDGE away from ±1,
-where the slope of θ is infinite. It is taken from the distance: of near vectors 1 - a·b has lost its digits.
+where the slope of θ is infinite. It is computed from the distance, since 1 - a·b loses its digits for near vectors.
 """
 
 import math
@@ -17,14 +17,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from simclr_ddp.tile_kernels import EXCLUDED, Slope, Vectors, fill_own, squared_distances, surely, without
+from simclr_ddp.losses.tile_kernels import EXCLUDED, Slope, Vectors, fill_own, squared_distances, surely, without
 
 EDGE = 1e-6
 
 
 def arccos(dot: Tensor, squared_distance: Tensor, temperature: float, order: int) -> Tensor:
-    """log J of squared distances of unit vectors; see the module."""
-    # In half angles, from 1 - cos θ and 1 + cos θ apart, so that neither end loses digits.
+    """Log of J from the squared distances of unit vectors; see the module docstring."""
+    # Half angles, from 1 - cos θ and 1 + cos θ separately, so that neither end loses digits.
     below_one = temperature / 2 * squared_distance
     above_minus_one = (2 - below_one).clamp(EDGE, 2 - EDGE)
     below_one = below_one.clamp(EDGE, 2 - EDGE)
@@ -33,7 +33,7 @@ def arccos(dot: Tensor, squared_distance: Tensor, temperature: float, order: int
 
 
 class ArcCosine:
-    """The log-kernel on tiles (simclr_ddp.tile_kernels.TileKernel)."""
+    """The arc-cosine log-kernel on tiles (simclr_ddp.losses.tile_kernels.TileKernel)."""
 
     of_squares, of_vectors, keeps = True, False, True
 
@@ -68,7 +68,7 @@ def _within(least: Tensor, most: Tensor) -> Tensor:
 
 
 def _angular(phi: Tensor, order: int, temperature: float) -> Tensor:
-    """J of φ."""
+    """Return J as a function of φ."""
     if order == 1:
         return phi
     closed = phi.sin() - phi * phi.cos() if order == 2 else phi * (2 + (2 * phi).cos()) - 1.5 * (2 * phi).sin()
@@ -81,8 +81,8 @@ def _angular(phi: Tensor, order: int, temperature: float) -> Tensor:
     return torch.where(phi < 1.5, series, closed)
 
 
-# Taylor coefficients, of sin φ - φ cos φ in φ³, φ⁵, … and, in x = 2φ, of x (2 + cos x) / 2 - 1.5 sin x in x⁵, x⁷, …
-# The leading terms of the closed forms cancel for small φ; for φ < 1.5 these many terms are exact in float64.
+# Taylor coefficients of sin φ - φ cos φ in φ³, φ⁵, … and, in x = 2φ, of x (2 + cos x) / 2 - 1.5 sin x in x⁵, x⁷, …
+# The leading terms of the closed forms cancel for small φ; for φ < 1.5 this many terms are exact in float64.
 _ORDER_2 = tuple((-1) ** (k + 1) * 2 * k / math.factorial(2 * k + 1) for k in range(1, 13))
 _ORDER_3 = tuple((-1) ** k * (k - 1) / math.factorial(2 * k + 1) for k in range(2, 16))
 

@@ -1,33 +1,32 @@
 # mypy: disallow-untyped-defs=False
-"""The log-sums of `simclr_ddp.tiled` and their gradient as one Triton kernel each, for float32 on a GPU.
+"""Log-sums of `simclr_ddp.losses.tiled` and their gradient as one Triton kernel each, for float32 on a GPU.
 
-Experimental: checked against float64 through Triton's interpreter on a CPU and compiled for an H100, but not run on a
-GPU yet, which `python -m benchmarks.gpu.log_sums` is for. So it comes by name alone: `loss.backend=triton`, or
-`KernelInfoNCE(backend="triton")`. It stays if a GPU shows it at least 1.3 times as fast as the tiles of
-`simclr_ddp.tiled` for 4,096 images and more, and is deleted if not.
+This backend is experimental: it is checked against float64 in Triton's interpreter on a CPU and compiled for an H100,
+but has not run on a GPU yet (`python -m benchmarks.gpu.log_sums` does that). It is therefore opt-in:
+`loss.backend=triton`, or `KernelInfoNCE(backend="triton")`. It will be deleted unless a GPU runs it at least 1.3 times
+as fast as the tiles of `simclr_ddp.losses.tiled` for 4,096 images and more.
 
-Each program owns a block of rows and goes through a run of the columns:
+Each program owns a block of rows and loops over a range of columns:
 
     forward   A_m = log2 Σ_j k_mj, relative to the largest so far
     backward  Σ_j S_mj slope_mj z_j     with S_mj = g_m k_mj / 2^A_m + g_j k_mj / 2^A_j
 
-S has both ways in which a pair counts, so a row's gradient is complete once its program ends, and ranks need no sum:
-each takes its own rows against all columns, knowing A and g of all. With M = 2N vectors of width D that costs
+S contains both roles of a pair, so a row's gradient is complete when its program ends, and ranks need no sum: each
+computes its local rows against all columns, given A and g of all ranks. For M = 2N vectors of width D the cost is
 
-    forward   2 M² D operations, where every pair is computed once    M² D
-    backward  4 M² D, pairs again and weights times vectors,        3 M² D
+    forward   2 M² D operations, against M² D if every pair is computed once
+    backward  4 M² D (pairs again, and weights times vectors), against 3 M² D
 
-1.5 times as many in all, and as much again where the plain form keeps small batches' pairs. In return nothing is
-added up by several programs: halves of a symmetric form would have to add to each other's rows, by atomics, whose
-order changes from run to run, or by buffers of M² D / 64 numbers. Ranks send 4N numbers, instead of 2N times W forward
-and 2N D backward.
+This is 1.5 times as much in total, and more where the tiled form keeps the pairs of small batches. In return no two
+programs add to the same rows: a symmetric form would need atomics, whose order changes from run to run, or buffers of
+M² D / 64 numbers. Ranks send 4N numbers, instead of 2N times W forward and 2N D backward.
 
-A resumed run is to be bitwise the unbroken one, so nothing that is timed as it runs may choose an order of additions.
-A dot product is added up by one thread, in order, but a row's sum over a block by the threads that share it, so blocks
-and warps count: they follow from the width D, and the runs of columns from the numbers of vectors. Autotuning is left
-the stages of the pipeline, how many blocks are loaded ahead. Compiled for an H100, float operations and layouts of the
-blocks are the same for all; that the bits are, tests/test_gpu.py tests. SHAPES are guesses by the room in registers and
-shared memory: `benchmarks.gpu.log_sums --sweep` measures others, to be entered here.
+A resumed run must equal the uninterrupted one bit for bit, so no timing at run time may choose an order of additions.
+One thread adds up a dot product, in order, but the threads that share a block add up a row's sum over it. Therefore
+blocks and warps follow from the width D alone, and ranges of columns from the numbers of vectors. Autotuning chooses
+only the pipeline stages, that is, the number of blocks loaded ahead. Compiled for an H100, float operations and block
+layouts are the same for all stages; tests/test_gpu.py tests that the bits are. SHAPES are guesses from the size of
+registers and shared memory; `benchmarks.gpu.log_sums --sweep` measures others, to be entered here.
 """
 
 import os
@@ -39,18 +38,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simclr_ddp.tile_kernels import EXCLUDED, Cosine, Power, TileKernel
-from simclr_ddp.tiled import Problem
+from simclr_ddp.losses.tile_kernels import EXCLUDED, Cosine, Power, Problem, TileKernel
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # what triton.jit makes of the kernels, once and for all
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton.jit reads this when it defines the kernels
 STAGES = (1,) if INTERPRETED else (1, 2, 3)
-PROGRAMS = 512  # to keep a GPU of about a hundred multiprocessors busy, as far as there are columns to share out
-MOST_PARTS = 8  # runs of columns: the backward pass writes a gradient for each
-PRODUCT = "ieee"  # exact float32; "tf32x3" would take tensor cores
+PROGRAMS = 512  # enough for a GPU of about a hundred multiprocessors, if there are enough columns to divide
+MOST_RANGES = 8  # of columns: the backward pass writes a gradient for each
+PRODUCT = "ieee"  # exact float32; "tf32x3" would use tensor cores
 
 
 class Shape(NamedTuple):
-    """Block of a program: rows, columns, and how much of the width is multiplied at a time; warps that share it."""
+    """Block of a program: rows, columns, width per product, and the warps that share it."""
 
     rows: int
     columns: int
@@ -62,10 +60,10 @@ SHAPES = {64: Shape(64, 64, 32, 4), 128: Shape(64, 64, 32, 8), 256: Shape(64, 32
 
 
 class Side(NamedTuple):
-    """Vectors, the position in the batch of the first one's image, and what is known of their log-sums.
+    """Vectors, position of their first image in the batch, and, if known, their log-sums.
 
     z         [2, n, D]  float32
-    sums      [2n]       log2 of the sums; None, with upstream: theirs don't count
+    sums      [2n]       log2 of the sums; None, like upstream, if these vectors contribute no gradient
     upstream  [2n]       gradient of the natural log of the sums
     """
 
@@ -76,14 +74,14 @@ class Side(NamedTuple):
 
 
 def usable(z: Tensor, kernel: TileKernel) -> bool:
-    """Whether the kernels here can do it: float32 on a GPU, a width of at most 512, and a cosine or a distance."""
-    return z.is_cuda and z.dtype == torch.float32 and z.ndim == 3 and z.shape[-1] <= 512 and _known(kernel)
+    """Whether these kernels apply: float32 on a GPU, width at most 512, and a cosine or distance kernel."""
+    return z.is_cuda and z.dtype == torch.float32 and z.ndim == 3 and z.shape[-1] <= 512 and supports(kernel)
 
 
 def forward(z: Tensor, z_all: Tensor, problem: Problem) -> Tensor:
-    """log2 of the sum of the kernel over each anchor's negatives, [2B]; about -1e30 where there are none.
+    """log2 of the sum of the kernel over each anchor's negatives, [2B]; about -1e30 without negatives.
 
-    z [2, B, D] and z_all [2, N, D] as for `tiled.log_sums`, float32.
+    z [2, B, D] and z_all [2, N, D] are those of `log_sums.log_sums`, in float32.
     """
     return log_sums(Side(z, problem.first), Side(z_all, 0), problem.kernel)
 
@@ -91,48 +89,48 @@ def forward(z: Tensor, z_all: Tensor, problem: Problem) -> Tensor:
 def backward(
     z: Tensor, z_all: Tensor, sums: Tensor, upstream: Tensor, problem: Problem, symmetric: bool, columns_too: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of Σ upstream · ln 2 · sums in z and, if wanted, in z_all; with ranks, of the sum over ranks in z.
+    """Gradient of Σ upstream · ln 2 · sums in z and, if `columns_too`, in z_all; with ranks, of the sum over ranks.
 
-    sums, upstream  [2B]  what `forward` gave, and the gradient of the natural logarithms
+    sums, upstream  [2B]  result of `forward`, and the gradient of its natural logarithms
     symmetric       z_all is z, and its gradient is in that of z
     """
-    own, others = Side(z, problem.first, sums, upstream), Side(z_all, 0)
+    local, others = Side(z, problem.first, sums, upstream), Side(z_all, 0)
     if problem.ranks is not None:
         known = problem.ranks.all_rows(torch.cat([sums.view(2, -1), upstream.view(2, -1)])).reshape(2, -1)
         others = Side(z_all, 0, known[0], known[1])
     elif symmetric:
-        others = own
-    in_rows = gradient(own, others, problem.kernel, problem.precision)
-    return in_rows, gradient(others, own, problem.kernel, problem.precision) if columns_too else None
+        others = local
+    in_rows = gradient(local, others, problem.kernel, problem.precision)
+    return in_rows, gradient(others, local, problem.kernel, problem.precision) if columns_too else None
 
 
 # --- launches -------------------------------------------------------------------------------------------------------
 
 
 def log_sums(rows: Side, columns: Side, kernel: TileKernel, shape: Shape | None = None) -> Tensor:
-    """log2 of the sum of k of each row with the columns of other images, [2n]."""
+    """log2 of the sum of k over each row's pairs with columns of other images, [2n]."""
     shape = shape or _shape(rows.z.shape[-1])
-    parts, length = _parts(rows, columns, shape)
-    out = rows.z.new_empty(parts, 2 * rows.z.shape[1])
+    ranges, length = column_ranges(rows, columns, shape)
+    out = rows.z.new_empty(ranges, 2 * rows.z.shape[1])
     with torch.cuda.device_of(rows.z):
-        _tuned(_forward, shape.warps)[_grid(rows, shape, parts)](
+        tuned(_forward, shape.warps)[_grid(rows, shape, ranges)](
             *_operands(rows, columns), out, length, *_numbers(rows, columns), **_constants(rows.z, kernel, shape)
         )
     largest = out.amax(dim=0)
-    return out[0] if parts == 1 else largest + (out - largest).exp2_().sum(dim=0).log2_()
+    return out[0] if ranges == 1 else largest + (out - largest).exp2_().sum(dim=0).log2_()
 
 
 def gradient(rows: Side, columns: Side, kernel: TileKernel, precision: str, shape: Shape | None = None) -> Tensor:
-    """That of the weighted log-sums of both sides in the rows, [2, n, D]: see the module."""
+    """Gradient of the weighted log-sums of both sides in the rows, [2, n, D]; see the module docstring."""
     assert isinstance(kernel, Cosine | Power)
     shape = shape or _shape(rows.z.shape[-1])
-    parts, length = _parts(rows, columns, shape)
+    ranges, length = column_ranges(rows, columns, shape)
     flat, others = rows.z.flatten(0, 1), columns.z.flatten(0, 1).contiguous()
     centre = others.mean(dim=0) if precision == "bf16" else None  # as in tiled
     factors = others if centre is None else (others - centre).bfloat16()
-    products, weights = flat.new_empty(parts, *flat.shape), flat.new_empty(parts, len(flat))
+    products, weights = flat.new_empty(ranges, *flat.shape), flat.new_empty(ranges, len(flat))
     with torch.cuda.device_of(flat):
-        _tuned(_backward, shape.warps)[_grid(rows, shape, parts)](
+        tuned(_backward, shape.warps)[_grid(rows, shape, ranges)](
             *_operands(rows, columns),
             factors,
             *_known_sums(rows, kernel.scale),
@@ -145,7 +143,7 @@ def gradient(rows: Side, columns: Side, kernel: TileKernel, precision: str, shap
             PADDED=max(triton.next_power_of_2(flat.shape[1]), 16),
             WIDENED=INTERPRETED,
         )
-    total, weight = (t.sum(dim=0) if parts > 1 else t[0] for t in (products, weights[..., None]))
+    total, weight = (t.sum(dim=0) if ranges > 1 else t[0] for t in (products, weights[..., None]))
     if centre is not None:
         total.addcmul_(weight, centre)
     if kernel.of_squares:
@@ -153,7 +151,7 @@ def gradient(rows: Side, columns: Side, kernel: TileKernel, precision: str, shap
     return total.view(rows.z.shape)
 
 
-def _known(kernel: TileKernel) -> bool:
+def supports(kernel: TileKernel) -> bool:
     return type(kernel) is Cosine or (type(kernel) is Power and kernel.outer == 1)
 
 
@@ -161,16 +159,16 @@ def _shape(width: int) -> Shape:
     return next(shape for limit, shape in SHAPES.items() if width <= limit)
 
 
-def _parts(rows: Side, columns: Side, shape: Shape) -> tuple[int, int]:
-    """How many runs of columns are summed apart, and the length of each: functions of the numbers of vectors alone."""
+def column_ranges(rows: Side, columns: Side, shape: Shape) -> tuple[int, int]:
+    """Number of column ranges that are summed separately, and their length; depends on the numbers of vectors only."""
     row_blocks, blocks = (triton.cdiv(2 * s.z.shape[1], b) for s, b in ((rows, shape.rows), (columns, shape.columns)))
-    parts = min(triton.cdiv(PROGRAMS, row_blocks), MOST_PARTS, triton.cdiv(blocks, 4))
-    length = triton.cdiv(blocks, parts)
+    ranges = min(triton.cdiv(PROGRAMS, row_blocks), MOST_RANGES, triton.cdiv(blocks, 4))
+    length = triton.cdiv(blocks, ranges)
     return triton.cdiv(blocks, length), length * shape.columns
 
 
-def _grid(rows: Side, shape: Shape, parts: int) -> tuple[int, int]:
-    return triton.cdiv(2 * rows.z.shape[1], shape.rows), parts
+def _grid(rows: Side, shape: Shape, ranges: int) -> tuple[int, int]:
+    return triton.cdiv(2 * rows.z.shape[1], shape.rows), ranges
 
 
 def _operands(rows: Side, columns: Side) -> tuple[Tensor, ...]:
@@ -180,7 +178,7 @@ def _operands(rows: Side, columns: Side) -> tuple[Tensor, ...]:
 
 
 def _known_sums(side: Side, scale: float) -> tuple[Tensor, Tensor]:
-    """Log-sums and weights; 2^(log2 k - inf) is 0 for those that don't count."""
+    """Log-sums and weights; where they are unknown, log-sums of inf make 2^(log2 k - inf) = 0."""
     if side.sums is None or side.upstream is None:
         count = 2 * side.z.shape[1]
         return side.z.new_full((count,), float("inf")), side.z.new_zeros(count)
@@ -188,7 +186,7 @@ def _known_sums(side: Side, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _numbers(rows: Side, columns: Side) -> tuple[int, ...]:
-    size = triton.next_power_of_2(columns.z.shape[1])  # of the batch, for autotuning
+    size = triton.next_power_of_2(columns.z.shape[1])  # key of autotuning
     return rows.z.shape[1], columns.z.shape[1], rows.first, columns.first, size
 
 
@@ -202,7 +200,7 @@ def _constants(z: Tensor, kernel: TileKernel, shape: Shape) -> dict[str, Any]:
 
 
 @cache
-def _tuned(kernel: Any, warps: int) -> Any:
+def tuned(kernel: Any, warps: int) -> Any:
     configs = [triton.Config({}, num_warps=warps, num_stages=stages) for stages in STAGES]
     return triton.autotune(configs, key=["size", "D", "GAMMA", "ROWS", "COLUMNS", "WIDTH", "PRODUCT"])(kernel)
 
@@ -234,8 +232,8 @@ def _tile(
     WIDTH: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
-    """Of the pairs [ROWS, COLUMNS]: log2 k, EXCLUDED where both are of one image; its slope in the dot product but for
-    the factor `scale`; and which pairs count. GAMMA 0 is the cosine."""
+    """Compute log2 k of the pairs [ROWS, COLUMNS] (EXCLUDED if both are of one image), its slope in the dot product
+    without the factor `scale`, and which pairs count. GAMMA 0 is the cosine."""
     is_row, is_column = rows < 2 * row_images, columns < 2 * column_images
     dot = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, D, WIDTH):
@@ -260,7 +258,7 @@ def _tile(
         if GAMMA == 2:
             log_k = -x
         else:
-            near = x <= least  # as tiled.Power: no closer than the floor, and no slope there
+            near = x <= least  # as in tile_kernels.Power: clamped to the floor, without slope
             x = tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
             if GAMMA == 1:
                 log_k = -tl.sqrt(x)
@@ -296,7 +294,7 @@ def _forward(
     WIDTH: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
-    """out [parts, rows] = log2 of the sums over `length` columns each; EXCLUDED where none counts."""
+    """Write out [ranges, rows] = log2 of the sums over `length` columns each; EXCLUDED without pairs."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     begin = tl.program_id(1) * length
     end = tl.minimum(begin + length, 2 * column_images)
@@ -361,8 +359,9 @@ def _backward(
     PADDED: tl.constexpr,
     WIDENED: tl.constexpr,
 ):
-    """products [parts, rows, D] = Σ w factors and weights [parts, rows] = Σ w over `length` columns each, with w the
-    gradient in the dot product. WIDENED: the interpreter can't multiply bfloat16, so numbers rounded to it go back."""
+    """Write products [ranges, rows, D] = Σ w factors and weights [ranges, rows] = Σ w over `length` columns each; w is
+    the gradient in the dot product. WIDENED: factors are rounded to bfloat16 but multiplied as float32, since the
+    interpreter can't multiply bfloat16."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = rows < 2 * row_images
     row_sum = tl.load(row_sums + rows, mask=is_row, other=float("inf"))

@@ -15,68 +15,72 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from simclr_ddp import cli
-from simclr_ddp.data import Dataset
-from simclr_ddp.figures import WIDTH
+from simclr_ddp.data.dataset import Dataset
+from simclr_ddp.plots.png import WIDTH
+from simclr_ddp.system import console
 
-LEAST = 10  # images on a map
-PERPLEXITY = 30  # of t-SNE: about how many neighbours an image has
-COMPONENTS = 50  # of PCA, from which t-SNE starts
-THUMBNAILS = 26  # that fit side by side
-LEGEND = 20  # classes that are named
+LEAST = 10  # smallest number of images on a map
+PERPLEXITY = 30  # of t-SNE: approximate number of neighbours of an image
+COMPONENTS = 50  # PCA components that are the input of t-SNE
+LARGEST = 10_000  # images of a three-dimensional t-SNE, which would take hours for more
+THUMBNAILS = 26  # thumbnails per side
+LEGEND = 20  # largest number of classes with a legend
 
 
 Colour = tuple[float, float, float, float]  # RGBA in [0, 1]
 
 
 class Map(NamedTuple):
-    name: str  # of the file, without its ending
+    name: str  # file name without suffix
     points: np.ndarray  # float64 [n, 2] or [n, 3]
     title: str
-    axes: list[str]  # their names; [] where they mean nothing
+    axes: list[str]  # axis labels; [] if axes have no meaning
 
 
 class Colouring(NamedTuple):
-    rgba: np.ndarray  # [n, 4], the colour of each image
-    legend: dict[str, Colour]  # of each class; {} if none are named
-    bar: ScalarMappable | None  # of colours that stand for numbers
-    meaning: str  # of the bar, or of colours without a legend
+    rgba: np.ndarray  # [n, 4], colour of each image
+    legend: dict[str, Colour]  # colour of each class; {} without a legend
+    bar: ScalarMappable | None  # colour bar, if colours are numbers
+    meaning: str  # meaning of the colour bar, or of colours without a legend
 
 
 def maps(h: Tensor, methods: str) -> Iterator[Map]:
-    """The maps of representations h [n, D] by PCA, and by t-SNE if methods is "all", one after the other.
+    """Yield maps of representations h [n, D] by PCA, and by t-SNE if methods is "all".
 
-    Raises ValueError if there is nothing to see in them.
+    Raises ValueError if the representations are constant or not finite.
     """
     scores, shares = pca(h, COMPONENTS)
     for k in (2, 3):
         names = [f"component {i + 1}: {share:.1%}" for i, share in enumerate(shares[:k])]
-        title = f"PCA: {shares[:k].sum():.1%} of the variance lies in {k} components"
+        title = f"PCA: {k} components explain {shares[:k].sum():.1%} of the variance"
         yield Map(f"pca_{k}d", scores[:, :k], title, names)
     if methods != "all":
         return
     try:
         import sklearn.manifold  # noqa: F401
     except ImportError:
-        cli.warn("no t-SNE maps, they need scikit-learn: pip install scikit-learn, or maps=pca does without")
+        console.warn("maps=all: t-SNE needs scikit-learn and is skipped; pip install scikit-learn, or set maps=pca")
         return
     for k in (2, 3):
-        cli.say(f"t-SNE of {len(h):,} images in {k} dimensions, which takes a while ...")
+        if k == 3 and len(h) > LARGEST:
+            console.say(f"t-SNE in 3 dimensions is skipped, since it takes hours for more than {LARGEST:,} images")
+            continue
+        console.say(f"t-SNE of {len(h):,} images in {k} dimensions, which takes a while ...")
         yield Map(f"tsne_{k}d", tsne(scores, k), "t-SNE: neighbours stay near, distances mean little", [])
 
 
 def pca(h: Tensor, components: int) -> tuple[np.ndarray, np.ndarray]:
-    """(h in its first principal components [n, k], their shares of the variance [k]), k <= components.
+    """Project h [n, D] on its first k <= components principal components; return [n, k] and their variance shares [k].
 
-    h [n, D] is centred, not scaled. Of each component the entry of largest size is positive.
+    h is centred, not scaled. The entry of largest magnitude of each component is positive.
     """
     if not h.isfinite().all():
-        raise ValueError("the encoder gives representations that are not finite: take an earlier checkpoint")
+        raise ValueError("representations of the encoder are not finite; use an earlier checkpoint")
     x = h.double()
     centred = x - x.mean(0)
     _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
     if singular[0] <= 1e-6 * x.norm():
-        raise ValueError("the encoder gives every image the same representation: there is nothing to map")
+        raise ValueError("the encoder gives every image the same representation, so maps are empty; set maps=none")
     directions = directions[:components]
     signs = directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
     shares = singular.square() / singular.square().sum()
@@ -84,9 +88,9 @@ def pca(h: Tensor, components: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tsne(scores: np.ndarray, dimensions: int) -> np.ndarray:
-    """float64 [n, dimensions] from the principal components [n, k] of largest variance, which it starts with.
+    """Map the leading principal components [n, k] to float64 [n, dimensions] by t-SNE, initialised by PCA.
 
-    On one thread: sums of several come in any order, and t-SNE makes another map of the difference. Needs scikit-learn.
+    It runs on one thread, since several threads sum in varying order, which changes the map. Requires scikit-learn.
     """
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
@@ -99,7 +103,7 @@ def tsne(scores: np.ndarray, dimensions: int) -> np.ndarray:
 
 
 def colouring(dataset: Dataset, index: np.ndarray, number: str) -> Colouring:
-    """By class, or by the first of the label's numbers, which is called `number`; one colour without labels."""
+    """Colour images by class, or by the first number of the label, named `number`; one colour without labels."""
     if dataset.labels is None:
         return Colouring(np.tile(matplotlib.colormaps["tab10"](0), (len(index), 1)), {}, None, "no labels")
     labels = dataset.labels[index]
@@ -116,7 +120,7 @@ def colouring(dataset: Dataset, index: np.ndarray, number: str) -> Colouring:
 
 
 def scatter(drawn: Map, colours: Colouring, subtitle: str) -> Figure:
-    """A point an image; in three dimensions from two sides."""
+    """Plot one point per image; three-dimensional maps are shown from two sides."""
     flat = drawn.points.shape[1] == 2
     figure = _figure(6.4 if flat else 4.9, drawn, colours, subtitle)
     size = float(np.clip(32_000 / len(drawn.points), 4, 60))
@@ -136,9 +140,9 @@ def scatter(drawn: Map, colours: Colouring, subtitle: str) -> Figure:
 
 
 def thumbnails(drawn: Map, colours: Colouring, subtitle: str, pictures: Callable[[np.ndarray], np.ndarray]) -> Figure:
-    """The images themselves, framed in their colours, as many as do not cover each other.
+    """Plot thumbnails of images that do not overlap, framed in their colours.
 
-    pictures  positions among the images [k] -> their pictures [k, H, W, 3] in [0, 1]
+    pictures  maps positions of images [k] to pictures [k, H, W, 3] in [0, 1]
     """
     low, high = drawn.points.min(0), drawn.points.max(0)
     side = (high - low).max() / (THUMBNAILS - 1)
@@ -160,7 +164,7 @@ def thumbnails(drawn: Map, colours: Colouring, subtitle: str, pictures: Callable
 
 
 def apart(points: np.ndarray, side: float) -> np.ndarray:
-    """Positions of those points [n, 2] whose squares of that side do not overlap one taken before."""
+    """Select points [n, 2] greedily so that squares of that side around them do not overlap; return positions."""
     taken = [0]
     for i in range(1, len(points)):
         if (np.abs(points[taken] - points[i]).max(1) >= side).all():
@@ -176,7 +180,7 @@ def _figure(height: float, drawn: Map, colours: Colouring, subtitle: str) -> Fig
 
 
 def _finish(figure: Figure, axes: list[Axes], drawn: Map, colours: Colouring) -> None:
-    """Name the axes, and say which colour means what."""
+    """Label the axes and add the legend or colour bar."""
     for axis in axes:
         axis.spines[["top", "right"] if drawn.axes else list(axis.spines)].set_visible(False)
         axis.tick_params(labelsize=9, length=3 if drawn.axes else 0)
@@ -186,11 +190,11 @@ def _finish(figure: Figure, axes: list[Axes], drawn: Map, colours: Colouring) ->
             if not drawn.axes or drawn.points.shape[1] == 3:
                 getattr(axis, which).set_ticklabels([])
                 getattr(axis, which).labelpad = -10
-    beside = len(axes) == 1
+    single = len(axes) == 1
     if colours.bar is not None:
-        where = "right" if beside else "bottom"
+        where = "right" if single else "bottom"
         figure.colorbar(
-            colours.bar, ax=axes, shrink=0.6 if beside else 0.4, aspect=30, location=where, label=colours.meaning
+            colours.bar, ax=axes, shrink=0.6 if single else 0.4, aspect=30, location=where, label=colours.meaning
         )
     if not colours.legend:
         return
@@ -198,10 +202,10 @@ def _finish(figure: Figure, axes: list[Axes], drawn: Map, colours: Colouring) ->
     legend = figure.legend(
         handles,
         map(str, range(len(handles))),
-        loc="outside right center" if beside else "outside lower center",
-        ncols=1 if beside else 5,
+        loc="outside right center" if single else "outside lower center",
+        ncols=1 if single else 5,
         handletextpad=0.1,
         frameon=False,
     )
-    for text, name in zip(legend.get_texts(), colours.legend, strict=True):  # a label `_a` would be left out
+    for text, name in zip(legend.get_texts(), colours.legend, strict=True):  # a label such as `_a` would be skipped
         text.set(text=name if len(name) <= 24 else f"{name[:23]}…", parse_math=False)

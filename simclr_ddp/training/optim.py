@@ -1,4 +1,4 @@
-"""LARS, the parameter groups of all optimizers, and the guard against learning rates that can't work."""
+"""LARS, and the optimizers of a run with their parameter groups."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,14 +21,23 @@ class LARS(torch.optim.Optimizer):
     Groups with adapt=False (biases, batch norm) take rho = 1 and no decay. The denominator is the norm of the sum
     g + weight_decay * w, not the sum of norms of You et al., eq. 6. Multi-tensor, without host synchronisation.
 
-    `found_inf` (0-dim tensor) and `grad_scale`, set as attributes before step() as torch's fused optimizers take
-    them, make the step a no-op on the device or divide the gradients; torch.amp.GradScaler sets both.
+    unadapted_rate replaces the 1 of both cases. With a loss of 1/k of another and 1/k of its weight decay,
+    unadapted_rate=k gives the updates of that other loss, since only rho adapts to the scale of the gradient.
+
+    The attributes `found_inf` (0-dim tensor) and `grad_scale` work as in torch's fused optimizers: set before step(),
+    the first makes it a no-op on the device, the second divides the gradients. torch.amp.GradScaler sets both.
     """
 
     _step_supports_amp_scaling = True
 
     def __init__(
-        self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust_coefficient: float = 0.001
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+        unadapted_rate: float = 1.0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -38,6 +47,7 @@ class LARS(torch.optim.Optimizer):
             "adapt": True,
         }
         super().__init__(params, defaults)
+        self.unadapted_rate = unadapted_rate  # not in the groups, which checkpoints hold
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -57,9 +67,9 @@ class LARS(torch.optim.Optimizer):
             if group["weight_decay"] != 0 and group["adapt"]:
                 gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
             if group["adapt"]:
-                updates = torch._foreach_mul(gradients, _rates(weights, gradients, group))
+                updates = torch._foreach_mul(gradients, _rates(weights, gradients, group, self.unadapted_rate))
             else:
-                updates = torch._foreach_mul(gradients, group["lr"])
+                updates = torch._foreach_mul(gradients, group["lr"] * self.unadapted_rate)
             torch._foreach_add_(updates, torch._foreach_mul(buffers, group["momentum"]))
             if found_inf is None:
                 torch._foreach_copy_(buffers, updates)
@@ -68,17 +78,19 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_sub_(weights, updates)
 
 
-def _rates(weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Learning rate times trust ratio of each tensor."""
+def _rates(
+    weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any], unadapted_rate: float
+) -> tuple[Tensor, ...]:
+    """Return the learning rate times the trust ratio of each tensor."""
     norms = torch.stack(torch._foreach_norm([*weights, *gradients])).view(2, -1)
-    ratios = torch.where((norms > 0).all(0), group["trust_coefficient"] * norms[0] / norms[1], 1.0)
+    ratios = torch.where((norms > 0).all(0), group["trust_coefficient"] * norms[0] / norms[1], unadapted_rate)
     return (ratios * group["lr"]).unbind()
 
 
 def _choose_(values: Sequence[Tensor], changes: Sequence[Tensor], skip: Tensor) -> None:
-    """values <- changes, or, where `skip` is not 0, values as they are and changes <- 0: in four launches.
+    """Set values <- changes; if `skip` is not 0, keep values and set changes <- 0. It takes four launches.
 
-    The numbers are multiplied by 0 or 1 and added as integers, which keeps every bit, while 0 times a NaN is a NaN.
+    The bits are multiplied by 0 or 1 and added as integers, because as floats 0 times NaN would be NaN.
     """
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values[0].element_size()]
     skipped = (skip != 0).to(kind)
@@ -89,7 +101,7 @@ def _choose_(values: Sequence[Tensor], changes: Sequence[Tensor], skip: Tensor) 
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(weights, biases and batch-norm parameters) of a model, told apart by module type, never by name."""
+    """Return (weights, biases and batch-norm parameters) of a model; the module's type decides which is which."""
     weights: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for module in model.modules():
@@ -99,31 +111,54 @@ def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def make_optimizer(
-    model: nn.Module, name: str, weight_decay: float, momentum: float, trust_coefficient: float
+    model: nn.Module,
+    name: str,
+    weight_decay: float,
+    momentum: float,
+    trust_coefficient: float,
+    unadapted_rate: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """LARS, SGD or AdamW over a model, batch norm and biases free of decay (and of LARS's adaptation).
-
-    The learning rate starts at 0 and is set before every step. SGD and AdamW are torch's fused ones, which, like
-    LARS, take found_inf.
-    """
+    """Build LARS, SGD or AdamW; batch norm and biases have no weight decay (and no adaptation by LARS)."""
     weights, others = parameter_groups(model)
-    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     if name == "lars":
         groups[0]["adapt"], groups[1]["adapt"] = True, False
-        return LARS(groups, lr=0.0, momentum=momentum, trust_coefficient=trust_coefficient)
+    return optimizer_of(groups, name, momentum, trust_coefficient, unadapted_rate)
+
+
+def optimizer_of(
+    groups: list[dict[str, Any]],
+    name: str,
+    momentum: float,
+    trust_coefficient: float,
+    unadapted_rate: float = 1.0,
+    nesterov: bool = False,
+) -> torch.optim.Optimizer:
+    """Build LARS, SGD or AdamW for groups of parameters; `nesterov` is for SGD with momentum.
+
+    The learning rate starts at 0 and is set before every step. SGD and AdamW are torch's fused implementations, which
+    support found_inf, as LARS does.
+    """
+    if name == "lars":
+        return LARS(groups, 0.0, momentum, trust_coefficient=trust_coefficient, unadapted_rate=unadapted_rate)
     if name == "sgd":
-        sgd = torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=True)
-        for parameter in weights + others:  # torch leaves the buffer uninitialised if the first step is skipped
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        sgd = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True)
+        for group in groups:
+            for parameter in group["params"]:  # torch leaves the buffer uninitialised if the first step is skipped
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     return torch.optim.AdamW(groups, lr=0.0, betas=(momentum, 0.999), fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of each group: `rate` times the group's `rate_factor`, if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_factor", 1.0)
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm over all entries of a list of tensors: a scalar on their device, no host synchronisation."""
+    """Return the Euclidean norm of all entries of a list of tensors, a scalar on their device, without host sync."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))

@@ -4,8 +4,9 @@ import math
 
 
 def peak_learning_rate(base: float, scaling: str, global_batch_size: int) -> float:
-    """Chen et al. 2020, section 2.1 and table B.1: base * N / 256, or base * sqrt(N) / 4; equal at N = 4,096.
+    """Scale the base rate: base * N / 256 or base * sqrt(N) / 4 (equal at N = 4,096), or base.
 
+    Chen et al. 2020, section 2.1 and table B.1.
     With base = 0.3 these are the paper's 0.3 * N / 256 and 0.075 * sqrt(N). N counts images, not views.
     """
     factors = {"linear": global_batch_size / 256, "sqrt": math.sqrt(global_batch_size) / 4, "none": 1.0}
@@ -13,9 +14,9 @@ def peak_learning_rate(base: float, scaling: str, global_batch_size: int) -> flo
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int, kind: str) -> float:
-    """Rate of update `step` (from 0): peak * step / warmup_steps, then half a cosine to 0 at total_steps, or constant.
+    """Return the rate of a step: peak * step / warmup_steps, then half a cosine to 0 at total_steps, or constant.
 
-    Per step; the first update of a warm-up has rate 0 and the last one of a cosine is just above 0, as in the
+    Steps count from 0. The first update of a warm-up has rate 0 and the last one of a cosine is just above 0, as in the
     reference implementation of Chen et al. 2020.
     """
     if step < warmup_steps:

@@ -1,0 +1,238 @@
+"""Multinomial logistic regression at many strengths of the penalty, solved together.
+
+The weights of several strengths are rows of one matrix, so a pass over the features serves all of them, in wide
+products. First a few strengths far apart are solved, then those between them, each from a polynomial through the
+nearest solutions. Products are in float32, chunks of them are summed in float64; the gradient at every solution is
+computed again with float64 products, and where it is too large, L-BFGS continues with those.
+
+Per pass and strength that is 4 n D K operations, and n D numbers read for all strengths.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from simclr_ddp.evaluation.chunks import chunks
+from simclr_ddp.evaluation.lbfgs import HISTORY, Minimization, Minimum, minimize
+
+_COLUMNS = 640  # strengths times classes per pass: wider products are not faster
+_FAST = 1e-6  # smallest tolerance for float32 products: their gradients are rounded to about a tenth of it
+_MARGIN = 0.8  # they continue to this fraction of the tolerance
+_NEAREST = 6  # most solutions that a polynomial goes through
+_SAMPLE = 4  # rows per feature from which the curvature is estimated
+_NEAR = math.log(20)  # the curvature of a solution serves strengths up to this factor away
+
+
+class Solution(NamedTuple):
+    weight: Tensor  # [D, K] float64
+    bias: Tensor  # [K] float64
+    iterations: int
+    gradient: float  # Euclidean norm of the objective's gradient at the solution, divided by that at zero weights
+    converged: bool
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Predict logits, or the numbers themselves: [n, D] float64 -> [n, K]."""
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def logistic_path(
+    x: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    l2: Sequence[float],
+    *,
+    classes: int,
+    tolerance: float = 1e-6,
+    max_iterations: int = 1000,
+    start: Solution | None = None,
+) -> Iterator[tuple[int, Solution]]:
+    """Minimise mean cross-entropy + l2 * |W|^2 over the samples `rows` for each l2; yield (position in l2, solution).
+
+    x        [n, D] float32 or float64
+    labels   [n] int64 below `classes`; a class without samples is allowed
+    rows     [m] int64
+    start    initial weights of the first strengths, zeros by default
+
+    Strengths are yielded as they are solved, which is not their order.
+    """
+    data = _CrossEntropy(x, labels, rows, classes)
+    zero = torch.zeros(classes, x.shape[1] + 1, dtype=torch.float64, device=x.device)
+    at_zero = data.at(zero[None], [0.0], torch.float64)[1].norm().item()
+    first = zero if start is None else torch.cat([start.weight, start.bias[None]]).T.contiguous()
+    path = _Path(data, l2, first)
+    for group in path.groups(max(1, _COLUMNS // classes)):
+        tasks = [
+            minimize(
+                path.start(i),
+                path.preconditioner(i),
+                enough=tolerance * at_zero,
+                fast_enough=_MARGIN * max(tolerance, _FAST) * at_zero,
+                max_iterations=max_iterations,
+            )
+            for i in group
+        ]
+        minima = _together(data, tasks, [path.l2[i] for i in group])
+        path.known |= {i: minimum.point for i, minimum in zip(group, minima, strict=True)}
+        for i, (w, iterations, norm) in zip(group, minima, strict=True):
+            relative = norm / at_zero if at_zero else 0.0
+            solution = Solution(w[:, :-1].T, w[:, -1], iterations, relative, norm <= tolerance * at_zero)
+            yield from ((j, solution) for j, strength in enumerate(l2) if strength == path.l2[i])
+
+
+def state_bytes(features: int, classes: int, strengths: int) -> int:
+    """Bytes of the solutions, of the pairs of L-BFGS, and of the matrices [D + 1, D + 1] at the busiest time."""
+    together = min(strengths, max(1, _COLUMNS // classes))
+    models = 2 * strengths + (2 * HISTORY + 6) * together
+    return 8 * (models * classes + (together + strengths) * (features + 1)) * (features + 1)
+
+
+def _together(data: "_CrossEntropy", tasks: list[Minimization], l2: list[float]) -> list[Minimum]:
+    """Run minimisations at once: a pass evaluates all that ask for the same precision, the fast ones first."""
+    requests = {i: next(task) for i, task in enumerate(tasks)}
+    minima: dict[int, Minimum] = {}
+    while requests:
+        exact = all(exact for _, exact in requests.values())
+        asking = [i for i, request in requests.items() if request[1] == exact]
+        points = torch.stack([requests[i][0] for i in asking])
+        dtype = torch.float64 if exact else torch.float32
+        values, gradients = data.at(points, [l2[i] for i in asking], dtype)
+        for i, value, gradient in zip(asking, values, gradients, strict=True):
+            try:
+                requests[i] = tasks[i].send((value, gradient))
+            except StopIteration as stop:
+                minima[i] = stop.value
+                del requests[i]
+    return [minima[i] for i in range(len(tasks))]
+
+
+def _split(indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    for first in range(0, len(indices), size):
+        yield list(indices[first : first + size])
+
+
+class _Path:
+    """Order, initial weights and preconditioners of the strengths, from the solutions that are known."""
+
+    def __init__(self, data: "_CrossEntropy", l2: Sequence[float], first: Tensor) -> None:
+        self.data, self.first = data, first
+        self.l2 = sorted(set(l2), reverse=True)
+        weakest = max((-math.log(v) for v in self.l2 if v), default=0.0)
+        self.position = [-math.log(v) if v else weakest + 7 for v in self.l2]  # no penalty: three decades further
+        self.known: dict[int, Tensor] = {}
+        self.order = 0  # number of solutions that a polynomial goes through
+        self.curvatures: list[tuple[float, Tensor]] = []  # (position, averaged Hessian)
+
+    def groups(self, size: int) -> Iterator[list[int]]:
+        """Indices to solve together: some far apart, then the weakest penalty, then those between, level by level."""
+        last = len(self.l2) - 1
+        stride = 2 ** max(0, int(math.log2(last / 2))) if last > 1 else 1
+        yield from _split(range(0, last, stride), size)
+        if last >= 0:
+            yield [last]
+        while stride > 1:
+            stride //= 2
+            self.order = min(self.order + 2, _NEAREST)
+            yield from _split([i for i in range(0, last, stride) if i not in self.known], size)
+
+    def start(self, i: int) -> Tensor:
+        """Initial weights: a polynomial of log l2 through the nearest solutions, if there are some on both sides.
+
+        Between solutions far apart it is a line: weak penalties have almost the same solution.
+        """
+        if not self.known:
+            return self.first
+        nearest = sorted(self.known, key=lambda j: abs(self.position[j] - self.position[i]))
+        if not min(self.known) < i < max(self.known):
+            return self.known[nearest[0]]
+        total = torch.zeros_like(self.first)
+        for j in nearest[: self.order]:
+            factor = 1.0
+            for k in nearest[: self.order]:
+                if k != j:
+                    factor *= (self.position[i] - self.position[k]) / (self.position[j] - self.position[k])
+            total += factor * self.known[j]
+        return total
+
+    def preconditioner(self, i: int) -> Callable[[Tensor | None], Tensor]:
+        """The inverse of the averaged Hessian, measured near the strength or at a given point.
+
+        It is exact at W = 0, except for the coupling of classes, to which the gradient is orthogonal. A ridge above the
+        rounding errors of float32 keeps collinear features invertible.
+        """
+
+        def inverse(w: Tensor | None) -> Tensor:
+            curvature = self._curvature(i) if w is None else self.data.averaged_hessian(w)
+            penalty = torch.full_like(curvature[0], 2 * self.l2[i])
+            penalty[-1] = 0
+            ridge = 2e-7 * curvature.norm()
+            return torch.cholesky_inverse(torch.linalg.cholesky(curvature + torch.diag(penalty + ridge)))
+
+        return inverse
+
+    def _curvature(self, i: int) -> Tensor:
+        """Averaged Hessian of a solution that is not far, or of the initial weights."""
+        if not self.known:
+            if not self.curvatures:
+                self.curvatures.append((math.inf, self.data.averaged_hessian(self.first)))
+            return self.curvatures[0][1]
+        position = self.position[i]
+        near = min(self.curvatures, key=lambda c: abs(c[0] - position), default=None)
+        if near is None or abs(near[0] - position) > _NEAR:
+            j = min(self.known, key=lambda j: abs(self.position[j] - position))
+            near = self.position[j], self.data.averaged_hessian(self.known[j])
+            self.curvatures.append(near)
+        return near[1]
+
+
+class _CrossEntropy:
+    """Mean cross-entropy over the selected samples of models w [..., K, D + 1] (bias last), and its derivatives.
+
+    Classes come before samples: for few classes, products and softmax are then twice as fast on a CPU.
+    """
+
+    def __init__(self, x: Tensor, labels: Tensor, rows: Tensor, classes: int) -> None:
+        self.x, self.labels, self.rows, self.classes = x, labels, rows, classes
+
+    def at(self, w: Tensor, l2: Sequence[float], dtype: torch.dtype) -> tuple[list[float], Tensor]:
+        """Mean cross-entropy + l2 * |W|^2 of the models w [A, K, D + 1] float64, and its gradients, like w.
+
+        dtype  of products and softmax; chunks are summed in float64
+        """
+        models, k, d = len(w), self.classes, self.x.shape[1]
+        matrix = w.flatten(0, 1).to(dtype)
+        weight, bias = matrix[:, :-1].contiguous(), matrix[:, -1:]
+        loss, gradient = w.new_zeros(models), w.new_zeros(models * k, d + 1)
+        for part, z in chunks(self.x, self.rows, models * k, dtype):
+            target = self.labels[part].expand(models, 1, -1)
+            log_p = torch.addmm(bias, weight, z.T).view(models, k, -1).log_softmax(1)
+            loss -= log_p.gather(1, target).sum((1, 2), dtype=torch.float64)
+            residual = log_p.exp_()
+            residual.scatter_(1, target, residual.gather(1, target) - 1)
+            residual = residual.flatten(0, 1)
+            gradient[:, :-1] += residual @ z
+            gradient[:, -1] += residual.sum(1)
+        n, gradient = len(self.rows), gradient.view_as(w)
+        penalty = torch.tensor(l2, dtype=torch.float64, device=w.device)
+        gradient -= gradient.mean(1, keepdim=True)  # exactly 0, but for rounding, which would shift all classes
+        gradient /= n
+        gradient[..., :-1] += 2 * penalty[:, None, None] * w[..., :-1]
+        return (loss / n + penalty * w[..., :-1].square().sum((1, 2))).tolist(), gradient
+
+    def averaged_hessian(self, w: Tensor) -> Tensor:
+        """Hessian [D + 1, D + 1] float64 at w [K, D + 1], averaged over the classes and over evenly spaced samples."""
+        d = w.shape[1] - 1
+        hessian = w.new_zeros(d + 1, d + 1)
+        rows = self.rows[:: max(1, len(self.rows) // max(1000, _SAMPLE * d))]
+        matrix = w.float()
+        for _, z in chunks(self.x, rows, max(d, self.classes), torch.float32):
+            p = torch.addmm(matrix[:, -1:], matrix[:, :-1], z.T).softmax(0)
+            weights = (1 - p.square_().sum(0)) / (self.classes - 1)
+            scaled = z * weights[:, None]
+            hessian[:d, :d] += z.T @ scaled
+            hessian[d, :d] += scaled.sum(0)
+            hessian[d, d] += weights.sum()
+        hessian[:d, d] = hessian[d, :d]
+        return hessian / len(rows)
