@@ -1,21 +1,24 @@
-"""`make demo`: from nothing to a trained, evaluated encoder and its pictures, on the generated Spirograph set.
+"""`make demo`: trains and evaluates an encoder on the generated Spirograph set, and plots the result.
 
-Trains on all GPUs (as many as divide the batch), or as two processes on the CPU, by the commands a user would type;
-each is printed before it runs. Started again, it goes on where it was, or shows the finished run.
+It uses all GPUs (as many as divide the batch), or two processes on the CPU, and prints each command before it runs.
+Started again, it resumes, or shows the finished run.
 """
 
-import json
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
+from launch.cluster.job import count_gpus
+from simclr_ddp.runs.directory import read_settings
+from simclr_ddp.runs.evaluations import of_run
 
 RUN_DIR = Path("runs/demo")
 
 
 def main() -> int:
-    ranks = max(r for r in range(1, 1 + (torch.cuda.device_count() or 2)) if 256 % r == 0)  # the default batch
+    argparse.ArgumentParser("python -m launch.demo", description=__doc__).parse_args()
+    ranks = max(r for r in range(1, 1 + (int(count_gpus() or 0) or 2)) if 256 % r == 0)  # the default batch
     torchrun = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc_per_node={ranks}", "-m"]
     for command in (
         [*torchrun, "simclr_ddp.pretrain", f"run_dir={RUN_DIR}"],
@@ -26,19 +29,28 @@ def main() -> int:
         status = subprocess.run([sys.executable, "-m", *command], check=False).returncode
         if status:
             return status
-    print(f"\n{summary(RUN_DIR)}")
+    try:
+        print(f"\n{summary(RUN_DIR)}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 def summary(run_dir: Path) -> str:
-    """The evaluation beside that of the untrained encoder, and where the files are."""
-    results = json.loads((run_dir / "linear_eval.json").read_text())["results"]
-    trained, random = results["trained"]["mse"], results["random"]["mse"]
+    """The evaluation of the trained and of an untrained encoder, and where the files are."""
+    data = read_settings(run_dir).data
+    found, left_out = of_run(run_dir, train=data.train, test=data.test)
+    linear = [evaluation.record["results"] for evaluation in found if evaluation.name == "linear"]
+    both = [results for results in linear if "random" in results]
+    if not both:
+        raise ValueError("; ".join(left_out) or f"{run_dir} has no evaluation of its last step; remove the directory")
+    trained, random = both[-1]["trained"]["mse"], both[-1]["random"]["mse"]
     return (
         f"linear regression of the four generating numbers, mean squared error on the test images: "
         f"{trained:.4f} trained, {random:.4f} untrained encoder\n"
-        f"the run:     {run_dir}/ (config.yaml, metrics.jsonl, checkpoints/, encoder.safetensors, linear_eval.json)\n"
-        f"its figures: {run_dir}/figures/ (curves.png, views.png, and maps of the test images: pca_*.png, tsne_*.png)"
+        f"run:   {run_dir}/ (config.yaml, metrics.jsonl, checkpoints/, encoder.safetensors, evaluations/)\n"
+        f"plots: {run_dir}/figures/ (curves.png, views.png, and maps of the test images: pca_*.png, tsne_*.png)"
     )
 
 

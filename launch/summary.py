@@ -1,14 +1,18 @@
-"""Runs side by side: `python -m launch.summary RUN... [rows=loss.kernel columns=optim.epochs value=probe_top1 out=DIR]`
+"""Compare runs in a table: `python -m launch.summary RUN... [rows=loss.kernel columns=optim.epochs out=DIR]`
 
-RUN is a run directory, or a folder that holds some, such as that of a sweep. Prints a table of the settings in which
-they differ, mean ± deviation where runs of several seeds share a cell, as Markdown; with out=DIR writes summary.md,
-summary.csv (a line a run) and summary.png. Runs that have not finished, or are damaged, count in no mean; they are
-listed below the table.
+RUN is a run directory, or a folder that holds some, such as that of a sweep. Prints a Markdown table by the settings in
+which the runs differ, with mean ± standard deviation where runs of several seeds share a cell; with out=DIR also writes
+summary.md, summary.csv (one line per run) and summary.png. Runs that are unfinished or damaged are left out of the
+table and listed below it.
+
+Of the evaluations of a run, only those of its last step on its test images count, and only evaluations on the same
+images with the same settings are compared. All others are listed below the table.
 """
 
 import csv
+import difflib
 import io
-import json
+import math
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -17,36 +21,56 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from launch.space import label_of
-from launch.trials import SETTINGS, epoch_values, run_error
-from simclr_ddp import checkpoint, cli, config, run
-from simclr_ddp.config import Pretrain, option
-from simclr_ddp.figures import WIDTH, save
-from simclr_ddp.metrics import read_metrics
+from launch.search.results import SETTINGS, epoch_values, run_error, write_text
+from launch.search.space import OWN, label_of
+from simclr_ddp.config import command, options, schema
+from simclr_ddp.config.options import option
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.evaluation.report import metrics
+from simclr_ddp.plots.png import WIDTH, save
+from simclr_ddp.runs import evaluations
+from simclr_ddp.runs.evaluations import Evaluation
+from simclr_ddp.runs.metrics import complete_lines
+from simclr_ddp.system import console
+from simclr_ddp.system.errors import one_line
 
-VALUES = ("linear_top1", "linear_mse", "probe_top1", "contrastive_top1", "loss", "images_per_second")  # the first is it
-OWN = ("name", "run_dir")
+MAIN = {"top1", "mse"}  # the metrics that are shown of an evaluation that has one, or else all
+LINEAR = ("linear_top1", "linear_mse")
+TRAINING = ("probe_top1", "contrastive_top1", "loss", "images_per_second")  # in metrics.jsonl
+MONITORED = "monitor_"  # beginning of the others there, of runs with a monitor
 
 
 @dataclass
 class Summary:
     rows: str = option(
-        "", "keys, with commas between them; empty: all in which the runs differ, but the columns and seed"
+        "", "keys of the rows, separated by commas; empty is those in which the runs differ, without columns and seed"
     )
-    columns: str = option("", "keys; empty: of several in which the runs differ the one with the fewest values")
-    value: str = option("", "of a cell; empty: the first of these that a run has", ("", *VALUES))
-    out: str = option("", "folder for summary.md, summary.csv and summary.png; empty: only printed")
+    columns: str = option("", "keys of the columns; empty is, if several keys differ, the one with the fewest values")
+    value: str = option(
+        "",
+        "metric in the cells: linear_top1, linear_mse, knn_top1 and so on of the compared evaluations, or "
+        f"{', '.join(TRAINING)}, or monitor_rankme and so on of monitored runs; empty is the first that every run has",
+    )
+    evaluation: str = option(
+        "",
+        "part of the name of the evaluations to compare: their data or protocol, such as knn; empty is those that most "
+        "runs have",
+    )
+    out: str = option("", "folder for summary.md, summary.csv and summary.png; empty is to print only", path=True)
 
 
 @dataclass
 class Run:
-    """What a run directory says."""
+    """The content of a run directory."""
 
     folder: Path
     settings: dict[str, Any] = field(default_factory=dict)  # dotted keys
     values: dict[str, float] = field(default_factory=dict)
     epoch: float = 0.0
-    fault: str = ""  # why it counts in no mean
+    fault: str = ""  # why it is left out of the table
+    evaluations: list[Evaluation] = field(default_factory=list)  # of its last step on its test images
+    measured: str = ""  # name of data and protocol of the evaluation in `values`
+    left_out: list[str] = field(default_factory=list)  # evaluations that aren't shown, with the reasons
 
 
 @dataclass
@@ -55,43 +79,44 @@ class Pivot:
     rows: list[str]  # keys
     columns: list[str]
     cells: dict[tuple, dict[tuple, list[Run]]]  # of finished runs, by the values of those keys
-    mixed: list[str]  # other keys, the seed apart, in which runs of a cell differ
+    mixed: list[str]  # other keys, except the seed, in which runs of a cell differ
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    folders = [a for a in arguments if not a.startswith("-") and "=" not in a]
+    folders = [a for a in arguments if not a.startswith("-") and not command.is_option(a, Summary)]
     rest = [a for a in arguments if a not in folders]
-    return cli.run(lambda settings: summarise(settings, folders), Summary, "RUN...", __doc__ or "", rest)
+    return command.run(lambda settings: summarise(settings, folders), Summary, "RUN...", __doc__ or "", rest)
 
 
 def summarise(settings: Summary, folders: list[str]) -> None:
-    runs = [read_run(folder) for folder in find_runs(folders)]
+    runs = [read_run(folder, settings.evaluation) for folder in find_runs(folders)]
+    choose_evaluations(runs, settings.evaluation)
     table = pivot(runs, settings)
     text = markdown(table, runs)
-    cli.say(text)
+    console.say(text)
     if settings.out:
         out = Path(settings.out)
         out.mkdir(parents=True, exist_ok=True)
         for name, content in (("summary.md", text + "\n"), ("summary.csv", lines(runs))):
-            _write_text(out / name, content)
-            cli.say(f"wrote {out / name}")
+            write_text(out / name, content)
+            console.say(f"wrote {out / name}")
         if table.cells:
             save(chart(table), out / "summary.png")
 
 
 def find_runs(folders: list[str]) -> list[Path]:
-    """The run directories that are named, and those in folders that are none. Raises ValueError if there are none."""
+    """The given run directories, and those in the other given folders. Raises ValueError if there are none."""
     found: dict[Path, None] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder: run directories, or folders that hold some, are wanted")
+            raise ValueError(f"{folder}: not a folder; give run directories, or folders that hold some")
         names = () if _is_run(folder) else ("config.yaml", SETTINGS)
         inside = {path.parent for name in names for path in folder.glob(f"**/{name}")}
-        inside = {run for run in inside if not inside & set(run.parents)}  # a job keeps copies in its run directory
+        inside = {run for run in inside if not inside & set(run.parents)}  # without the copies that jobs keep in runs
         found |= dict.fromkeys(sorted(inside) or [folder])
     if not found:
-        raise ValueError("no runs are named: python -m launch.summary runs/a runs/b, or the folder of a sweep")
+        raise ValueError("no runs given; write python -m launch.summary runs/a runs/b, or the folder of a sweep")
     return list(found)
 
 
@@ -99,44 +124,85 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.yaml", SETTINGS, "metrics.jsonl"))
 
 
-def read_run(folder: Path) -> Run:
-    """Whatever can be read of it; what can't is its fault."""
+def read_run(folder: Path, evaluation: str = "") -> Run:
+    """Everything that can be read of a run; what can't be read is its fault.
+
+    evaluation  part of the name of evaluations that count even if they are on other test images than the run's
+    """
+    from simclr_ddp.runs import directory  # here, since it imports torch
+
     found, faults = Run(folder), []
     try:
         if not (folder / "config.yaml").exists() and (folder / SETTINGS).exists():  # a trial that has not begun
-            settings = config.build(Pretrain, [(str(folder / SETTINGS), config.read_yaml(folder / SETTINGS))])
+            settings = options.build(Pretrain, [(str(folder / SETTINGS), options.read_yaml(folder / SETTINGS))])
         else:
-            settings = run.read_settings(folder)
-        found.settings = {k: label_of(v) for k, v in config.dotted(settings).items()}
+            settings = directory.read_settings(folder)
+        found.settings = {k: label_of(v) for k, v in options.dotted(settings).items()}
     except (ValueError, OSError) as error:
-        faults.append(f"damaged: {' '.join(str(error).split())}")
-    file = folder / "metrics.jsonl"
-    written = read_metrics(file) if file.exists() else []
-    if file.exists() and (torn := len(file.read_bytes().splitlines()) - len(written)):
-        faults.append(f"damaged: {torn} lines of metrics.jsonl can't be read")
+        faults.append(f"damaged: {one_line(error)}")
+    file, step = folder / "metrics.jsonl", 0
     try:
+        written, torn = complete_lines(file)  # read once: a run that trains appends to it
+        if torn:
+            faults.append(f"damaged: {torn} lines of metrics.jsonl can't be read")
         found.values, found.epoch = _values(written), max((line["epoch"] for line in written), default=0.0)
-        found.values |= _evaluation(folder / "linear_eval.json")
         step = max((line["step"] for line in written), default=0)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        faults.append(f"damaged: {type(error).__name__} {error} in metrics.jsonl or linear_eval.json")
+        infinite = [f"{name} is {value}" for name, value in found.values.items() if not math.isfinite(value)]
+    except (ValueError, OverflowError, OSError, KeyError, TypeError, AttributeError) as error:
+        faults.append(f"damaged: {type(error).__name__} {error} in metrics.jsonl")
     else:
         if found.settings and not _finished(found, step):
-            said = run_error(folder)
-            faults.append(f"not finished: epoch {found.epoch:.2f} of {_length(found)}{f', {said}' if said else ''}")
+            why = run_error(folder)
+            faults.append(f"not finished: epoch {found.epoch:.2f} of {_length(found)}{f', {why}' if why else ''}")
+        faults += infinite
+    if found.settings:
+        train, test = found.settings["data.train"], "" if evaluation else found.settings["data.test"]
+        try:
+            found.evaluations, found.left_out = evaluations.of_run(folder, step=step, train=train, test=test)
+        except (ValueError, OSError) as error:
+            faults.append(f"damaged: {one_line(error)}")
     found.fault = "; ".join(faults)
     return found
 
 
+def choose_evaluations(runs: list[Run], wanted: str) -> None:
+    """Take the metrics of one data set and protocol.
+
+    It is one that has an accuracy or error, if there is such a one, and that most runs have; of equals a linear
+    evaluation, then the one measured last.
+    """
+    runs = [r for r in runs if not r.fault]
+    having: dict[str, list[Evaluation]] = {}
+    for evaluation in (e for r in runs for e in r.evaluations if wanted in e.measured):
+        having.setdefault(evaluation.key, []).append(evaluation)
+
+    def rank(key: str) -> tuple[bool, int, bool, int]:
+        files = {e.path.parent: e.path.stat().st_mtime_ns for e in having[key]}
+        first = having[key][0]
+        return not MAIN.isdisjoint(first.trained), len(files), first.name == "linear", max(files.values())
+
+    chosen = max(having, key=rank, default="")
+    for r in runs:
+        for evaluation in r.evaluations:
+            if evaluation.key == chosen:
+                r.measured = evaluation.measured
+                found = metrics(evaluation.trained)
+                shown = MAIN & found.keys() or found.keys()
+                r.values |= {f"{evaluation.name}_{k}": value for k, value in found.items() if k in shown}
+            else:
+                way = f"evaluation={evaluation.measured} shows it"
+                r.left_out.append(f"{evaluation.path}: other images or settings than those shown; {way}")
+
+
 def pivot(runs: list[Run], settings: Summary) -> Pivot:
-    """The finished runs by the keys in which they differ. Raises ValueError for a key that is no option."""
-    whole = [r for r in runs if not r.fault]
-    known = config.options(Pretrain)
+    """The finished runs by the keys in which they differ. Raises ValueError for a key that is not an option."""
+    finished = [r for r in runs if not r.fault]
+    known = options.options(Pretrain)
     asked = {name: [k.strip() for k in text.split(",") if k.strip()] for name, text in vars(settings).items()}
     for key in asked["rows"] + asked["columns"]:
         if key not in known:
             _refuse(key, runs)
-    deciding = config.result_keys(Pretrain())
+    deciding = schema.result_keys(Pretrain())
     differing = {
         key: found
         for key in known
@@ -150,10 +216,15 @@ def pivot(runs: list[Run], settings: Summary) -> Pivot:
         if len(differing[fewest]) <= 6:
             columns = [fewest]
     rows = rows or [key for key in left if key not in columns]
-    has = [name for name in VALUES if any(name in r.values for r in whole)]
+    names = value_names(runs)
+    has = [name for name in names if finished and all(name in r.values for r in finished)]
     value = settings.value or (has[0] if has else "loss")
+    if value not in names:
+        near = difflib.get_close_matches(value, names, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"
+        raise ValueError(f"value={value}: unknown value; {hint}")
     cells: dict[tuple, dict[tuple, list[Run]]] = {}
-    for r in whole:
+    for r in finished:
         row = tuple(r.settings[key] for key in rows)
         cells.setdefault(row, {}).setdefault(tuple(r.settings[key] for key in columns), []).append(r)
     shared = [some for cell in cells.values() for some in cell.values()]
@@ -161,11 +232,18 @@ def pivot(runs: list[Run], settings: Summary) -> Pivot:
     return Pivot(value, rows, columns, cells, mixed)
 
 
+def value_names(runs: list[Run]) -> list[str]:
+    """Names of the metrics that a cell can show: first those of evaluations, linear ones before all others."""
+    other = dict.fromkeys(name for r in runs for name in r.values if name not in (*LINEAR, *TRAINING))
+    monitored = [name for name in other if name.startswith(MONITORED)]
+    return [*LINEAR, *(name for name in other if name not in monitored), *TRAINING, *monitored]
+
+
 def _refuse(key: str, runs: list[Run]) -> None:
-    """ValueError for a key that is no option: which is near, and which there are, as an axis of a grid is none."""
+    """ValueError for a key that is not an option, such as an axis of a grid: similar options, and keys that differ."""
     keys = ", ".join(_differing(runs))
     try:
-        config.checked(Pretrain, "rows or columns", key, None)
+        options.checked(Pretrain, "rows or columns", key, None)
     except ValueError as error:
         raise ValueError(f"{error}{f'; the runs differ in {keys}' if keys else ''}") from None
 
@@ -179,6 +257,9 @@ def markdown(table: Pivot, runs: list[Run]) -> str:
     columns = _sorted({column for cell in table.cells.values() for column in cell})
     by = " by " + ", ".join(table.rows + table.columns) if table.rows + table.columns else ""
     text = [f"{table.value}{by}; {sum(not r.fault for r in runs)} of {len(runs)} runs", ""]
+    finished = [r for r in runs if not r.fault]
+    if table.value not in TRAINING and not table.value.startswith(MONITORED):
+        text += [*_about_evaluation(finished), ""]
     if table.cells:
         head = [*(table.rows or ["runs"]), *(_name(table.columns, column) or table.value for column in columns)]
         text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -186,18 +267,31 @@ def markdown(table: Pivot, runs: list[Run]) -> str:
         shown = [cell(table.cells[row].get(column, []), table.value) for column in columns]
         text.append(f"| {' | '.join([*([str(v) for v in row] or ['all']), *shown])} |")
     if table.mixed:
-        text += [
-            "",
-            f"Runs of a cell differ in {', '.join(table.mixed)}, too: rows={','.join(table.mixed)} shows them.",
-        ]
-    faulty = [r for r in runs if r.fault]
-    if faulty:
-        text += ["", "In no mean:", "", *(f"- {r.folder}: {r.fault}" for r in faulty)]
+        keys = ",".join(table.mixed)
+        text += ["", f"Runs of a cell also differ in {', '.join(table.mixed)}; rows={keys} shows them."]
+    names = value_names(runs)
+    for name in names[: names.index(table.value)]:
+        if count := sum(name in r.values for r in finished):
+            text += ["", f"{name} is known of {count} of {len(finished)} runs; value={name} shows it."]
+    left_out = [f"{r.folder}: {r.fault}" for r in runs if r.fault] + [line for r in runs for line in r.left_out]
+    if left_out:
+        text += ["", "Left out:", "", *(f"- {line}" for line in left_out)]
     return "\n".join(text)
 
 
+def _about_evaluation(runs: list[Run]) -> list[str]:
+    """What the evaluation measured that the table shows."""
+    shown = [e for r in runs for e in r.evaluations if e.measured == r.measured]
+    if not shown:
+        return ["no evaluation of the last step on the test images"]
+    record = shown[0].record
+    test, protocol = record["test"], evaluations.protocol(record)
+    settings = ", ".join(f"{k}={'run' if k == 'size' and not v else v}" for k, v in protocol.items())
+    return [f"Measured on {test['images']:,} images of {test['source']} ({shown[0].measured}): {settings}."]
+
+
 def cell(runs: list[Run], value: str) -> str:
-    """Mean ± deviation and, where it is not one, the number of runs."""
+    """Mean ± standard deviation (number of runs), or the value of a single run."""
     numbers = [r.values[value] for r in runs if value in r.values]
     without = f" ({len(runs) - len(numbers)} without)" if len(numbers) < len(runs) else ""
     if len(numbers) < 2:
@@ -206,19 +300,20 @@ def cell(runs: list[Run], value: str) -> str:
 
 
 def lines(runs: list[Run]) -> str:
-    """A line a run, as CSV: the settings in which they differ, every value, and what is wrong with it."""
-    keys = _differing(runs)
+    """One line per run, as CSV: the settings in which they differ, all values, and its fault."""
+    keys, names = _differing(runs), value_names(runs)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["run", *keys, "epoch", *VALUES, "fault"])
+    table.writerow(["run", *keys, "epoch", *names, "evaluation", "fault"])
     for r in runs:
         known = [r.settings.get(key, "") for key in keys]
-        table.writerow([r.folder, *known, r.epoch, *(r.values.get(name, "") for name in VALUES), r.fault])
+        values = (r.values.get(name, "") for name in names)
+        table.writerow([r.folder, *known, r.epoch, *values, r.measured, r.fault])
     return text.getvalue()
 
 
 def chart(table: Pivot) -> Figure:
-    """A row of the table a line, a dot for each column, its deviation as a bar."""
+    """One line per row of the table, with a dot per column and a bar for the standard deviation."""
     rows = _sorted(table.cells)
     figure = Figure(figsize=(WIDTH, min(40, 1.2 + 0.35 * len(rows))), layout="constrained")
     axis = figure.subplots()
@@ -241,26 +336,16 @@ def chart(table: Pivot) -> Figure:
     return figure
 
 
-def _write_text(path: Path, text: str) -> None:
-    checkpoint.replace_atomically(path, lambda temporary: temporary.write_text(text))
-
-
 def _values(written: list[dict[str, Any]]) -> dict[str, float]:
-    """The last whole epoch's, or the last line's where there is none."""
+    """Those of the last complete epoch, or of the last line without one."""
     found: dict[str, float] = {}
-    for name in VALUES:
+    monitored = sorted({name for line in written for name in line if name.startswith(MONITORED)})
+    for name in (*TRAINING, *monitored):
         epochs = epoch_values(written, name)
         having = [line[name] for line in written if name in line]
         if having:
             found[name] = epochs[max(epochs)] if epochs else having[-1]
     return found
-
-
-def _evaluation(path: Path) -> dict[str, float]:
-    if not path.exists():
-        return {}
-    trained = json.loads(path.read_text())["results"]["trained"]
-    return {f"linear_{name}": trained[name] for name in ("top1", "mse") if name in trained}
 
 
 def _finished(found: Run, step: int) -> bool:
@@ -278,7 +363,7 @@ def _name(keys: list[str], values: tuple) -> str:
 
 
 def _sorted(found: Any) -> list[tuple]:
-    """By number where they are numbers, else by text."""
+    """Numbers in ascending order, then texts."""
     return sorted(
         found, key=lambda row: [(isinstance(v, str), v if isinstance(v, int | float) else 0, str(v)) for v in row]
     )

@@ -1,12 +1,11 @@
 """What each task of a job does: one rank of a command, in a process of its own, with torchrun's variables.
 
-SLURM sends its warning (USR1: the time limit or a preemption comes), or SIGTERM, to the tasks of the job. The command
-saves and ends with status 75; the task then ends with 0 and leaves a note, on which the batch script queues the
-job again (see launch.slurm). The handler of the signals only remembers them and passes the first of them on, since a
-second would cut off a slow save.
+Before the time limit or a preemption, SLURM sends USR1 or SIGTERM to the tasks; `scancel --signal` sends any other. The
+command saves and exits with status 75; the task then exits with 0 and leaves a note, and the batch script queues the
+job again (see requeue.sh). The first signal is passed on to the command, as SIGTERM; a second would interrupt the save.
 
-A node that SLURM gives up, as its daemon there does not answer, may still run its ranks when the job starts again. A
-start therefore says that it is the newest, at which the ranks of the one before save and end, and waits for them.
+When SLURM gives up a node whose daemon does not answer, ranks may still run there while the job starts again. So each
+start records that it is the newest; ranks of an older one then save and end, and the newest waits for them.
 """
 
 import fcntl
@@ -26,101 +25,110 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launch import meeting
+from launch.cluster import rendezvous
 
-WATCH = 5.0  # seconds between two looks at whether the job has started again elsewhere
+WATCH = 5.0  # seconds between two checks whether the job has started again elsewhere
 SAVING = 60.0  # seconds that a command then has to save
-PAUSED = 75  # exit status of a command that was told to stop, and has saved
-REQUEUED = "scontrol requeue"  # SIGTERM alone; if the batch script survives it, it was a preemption
-NOT_MET = "told to stop before the ranks had met"
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+PAUSED = 75  # exit status of a command that was stopped by a signal and has saved
+REQUEUED = "scontrol requeue"  # only SIGTERM was received; if the batch script survives it, it was a preemption
+NOT_MET = "stopped before the ranks had met"  # requeue.sh compares with this
 
 
 @dataclass(frozen=True)
 class Job:
     command: list[str]  # module and arguments
     folder: Path  # of logs, snapshots and notes, on a file system that all nodes share
-    progress: Path  # a file whose content changes as the command gets on
-    lock: Path  # which a command that trains holds
-    gpus: int  # that each node was asked for
+    progress: Path  # a file whose content changes whenever the command saves
+    lock: Path  # held by a command that trains
+    gpus: int  # per node
     time_limit: float  # seconds
-    warning: float  # seconds before it at which SLURM tells
+    warning: float  # seconds before it at which SLURM sends a signal
     arrival: float  # seconds that the nodes wait for each other
 
 
 def run(job: Job) -> None:
-    """One rank from start to end; exits with the command's status, or with 0 if it is to go on later."""
-    told: list[int] = []
+    """One rank from start to end; exits with the command's status, or with 0 if the job is to be queued again."""
+    received: list[int] = []
     child: list[subprocess.Popen[bytes]] = []
 
     def handle(number: int, _: object) -> None:
-        told.append(number)
-        for process in child if len(told) == 1 else []:
+        received.append(number)
+        for process in child if len(received) == 1 else []:
             process.send_signal(signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in STOP:
         signal.signal(number, handle)
     from submitit.helpers import TorchDistributedEnvironment
 
     began, start = float(os.environ.get("RUN_BEGAN", time.time())), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    os.environ.pop("MASTER_PORT", None)  # of the shell that submitted; submitit's is a function of the job's id
+    os.environ.pop("MASTER_PORT", None)  # of the shell that submitted; submitit computes it from the job's id
     ranks = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-    job_id, node = ranks._job_env.job_id, ranks._job_env.hostnames[ranks._job_env.node]
-    note, newest, main = job.folder / f"{job_id}.again", job.folder / f"{job_id}.start", ranks.rank == 0
+    job_id, nodes = ranks._job_env.job_id, list(ranks._job_env.hostnames)
+    node, first, main = nodes[ranks._job_env.node], ranks.local_rank == 0, ranks.rank == 0
+    note, newest = job.folder / f"{job_id}.again", job.folder / f"{job_id}.start"
     failed = job.folder / f"{job_id}-{start}.failed"
     try:
-        if ranks.local_rank == 0:
+        if first:
             check_writable(job.folder, node)
         if main:
             newest.write_text(str(start))
             if start:
-                _wait_for_the_start_before(job, lambda: bool(told))
-        if ranks.local_rank == 0:
+                wait_for_previous_start(job, lambda: bool(received))
+        if first:
             _check_gpus(job.gpus, node)
-        held = _meet(job, ranks, job.folder / f"{job_id}-{start}.address", lambda: bool(told))
+        held = meet(job, ranks, job.folder / f"{job_id}-{start}.address", lambda: bool(received))
     except ConnectionAbortedError:
-        noted = _read(note)
+        reason = _read(note)
         _pause(note, NOT_MET, main)  # first, as little time may be left
         if main:
-            _record_start(job, job_id, start, list(ranks._job_env.hostnames), _reason(noted, job_id, start))
-        return None
+            _record_start(job, job_id, start, nodes, reason)
+        return
     except (OSError, ValueError) as error:
         _fail(str(error), 1, failed)
     before = _read(job.progress)
     if main:
-        noted = _read(note)
+        reason = _read(note)
         note.unlink(missing_ok=True)
-        _record_start(job, job_id, start, list(ranks._job_env.hostnames), _reason(noted, job_id, start))
-    child.append(subprocess.Popen([sys.executable, "-m", *job.command]))
-    if told:
+        _record_start(job, job_id, start, nodes, reason)
+    until_limit = rendezvous.Countdown(job.time_limit - job.warning - 60 - (time.time() - began))
+    # SLURM signals the command itself, too, which need not know all of the signals: it ignores what it doesn't handle.
+    child.append(subprocess.Popen([sys.executable, "-m", *job.command], preexec_fn=_ignore_all_but_sigterm))
+    if received:
         child[0].send_signal(signal.SIGTERM)
-    status = _wait(child[0], newest, start) if ranks.local_rank == 0 else child[0].wait()
+    status = wait_while_newest(child[0], newest, start, until_limit.is_over) if first else child[0].wait()
     if held is not None:
         held.close()
-    if status == PAUSED or (told and status):
-        limit = signal.SIGUSR1 in told and time.time() - began > job.time_limit - job.warning - 60
-        # Only a run of pretrain says how far it has come; another command that ends with PAUSED is believed.
-        stands = _read(job.progress) == before and (status != PAUSED or job.command[0] == "simclr_ddp.pretrain")
-        if limit and main and stands:
-            _fail(
-                f"the time limit, minutes={job.time_limit / 60:.0f}, came before anything was saved: raise it",
-                1,
-                failed,
-            )
-        reason = "time limit" if limit else "preemption" if signal.SIGUSR1 in told else REQUEUED
-        return _pause(note, reason, main)
-    if status:
+    if status == PAUSED or (received and status):
+        limit = signal.SIGUSR1 in received and until_limit.is_over()
+        # Only pretrain records how far it is; of another command that exits with PAUSED this is not known.
+        unchanged = _read(job.progress) == before and (status != PAUSED or job.command[0] == "simclr_ddp.pretrain")
+        if limit and main and unchanged:
+            _fail(f"minutes={job.time_limit / 60:.0f}: the time limit came before anything was saved; increase it",
+                  1, failed)  # fmt: skip
+        sent = signal.Signals(received[0]).name if received else "SIGTERM"
+        named = {"SIGUSR1": "preemption", "SIGTERM": REQUEUED}
+        _pause(note, "time limit" if limit else named.get(sent, sent), main)
+    elif status:
         _fail(f"rank {ranks.rank} on {node}: {job.command[0]} ended with status {status}", max(status, 1), failed)
-    return None
 
 
 def is_own_error(line: str) -> bool:
-    """Whether that line of a log is only this module's word that a command has failed, which says why itself."""
+    """Whether that line of a log only reports that the command has failed, for which the command has its own line."""
     return re.match(r"error: rank \d+ on \S+: \S+ ended with status -?\d+$", line.strip()) is not None
 
 
-def _wait(child: subprocess.Popen[bytes], newest: Path, start: int) -> int:
-    """The exit status of the command, which is ended if the job has started again without this one's having ended."""
+def _ignore_all_but_sigterm() -> None:
+    for number in set(STOP) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def wait_while_newest(
+    child: subprocess.Popen[bytes], newest: Path, start: int, look: Callable[[], object] = bool
+) -> int:
+    """The exit status of the command, which is ended if the job has started again; `look` is called meanwhile."""
     while True:
+        look()
         with suppress(subprocess.TimeoutExpired):
             return child.wait(WATCH)
         if int(_read(newest) or 0) > start:
@@ -128,31 +136,32 @@ def _wait(child: subprocess.Popen[bytes], newest: Path, start: int) -> int:
             with suppress(subprocess.TimeoutExpired):
                 child.wait(SAVING)
             child.kill()
-            _fail("SLURM had given this node up and has started the job again: this start of it ends", 1)
+            _fail("SLURM gave up this node and has started the job again: this start ends", 1)
 
 
-def _wait_for_the_start_before(job: Job, stop: Callable[[], bool]) -> None:
-    """Until nobody holds the run directory, or half the time in which the nodes must meet is over."""
-    end = time.monotonic() + job.arrival / 2
-    while time.monotonic() < end and _is_held(job.lock):
+def wait_for_previous_start(job: Job, stop: Callable[[], bool]) -> None:
+    """Wait until nobody holds the run directory, for at most half of the time in which the nodes must meet."""
+    end = rendezvous.Countdown(job.arrival / 2)
+    while not end.is_over() and is_held(job.lock):
         if stop():
-            raise ConnectionAbortedError("told to stop")
+            raise ConnectionAbortedError("stopped by a signal")
         time.sleep(0.5)
 
 
-def _is_held(path: Path) -> bool:
+def is_held(path: Path) -> bool:
+    """Whether another process holds that lock file."""
     try:
         with path.open("r+") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return True
-    except OSError:  # it is not there, or on a file system without locks
+    except OSError:  # it does not exist, or is on a file system without locks
         return False
     return False
 
 
 def check_writable(folder: Path, machine: str, make: bool = False) -> None:
-    """ValueError naming both if no file can be made in the folder; with `make`, make that first if need be."""
+    """ValueError naming both if the machine can't make files in the folder; with `make`, the folder is made first."""
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
@@ -160,50 +169,52 @@ def check_writable(folder: Path, machine: str, make: bool = False) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"{machine} can't write to {folder} ({error.strerror}): run_dir=... is wanted on a file system that all "
-            "nodes can write to"
+            f"{machine} can't write to {folder} ({error.strerror}); choose a run_dir on a file system that all nodes "
+            "can write to"
         ) from error
 
 
-def _check_gpus(wanted: int, node: str) -> None:
-    """ValueError if torch does not see the GPUs that the job has asked for: it would go on, slowly, without them."""
-    if not wanted:
-        return
+def count_gpus() -> str:
+    """The number of GPUs that torch sees, asked of a process of its own; empty if torch can't be imported."""
     counting = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    told = subprocess.run(counting, stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
-    if told != str(wanted):
+    return subprocess.run(counting, stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
+
+
+def _check_gpus(expected: int, node: str) -> None:
+    """ValueError if torch does not see the GPUs that the job asked for: it would train on the CPU, slowly."""
+    if expected and (found := count_gpus()) != str(expected):
         raise ValueError(
-            f"torch sees {told or 'no'} GPUs of the {wanted} of {node}: look at nvidia-smi and at the driver there; "
-            f"exclude={node} does without it"
+            f"torch sees {found or 'no'} GPUs of the {expected} of {node}; check nvidia-smi and the driver there, or "
+            f"set exclude={node}"
         )
 
 
-def _meet(job: Job, ranks: Any, file: Path, stop: Callable[[], bool]) -> socket.socket | None:
-    """Make MASTER_ADDR and MASTER_PORT those of a free port that every node reaches; rank 0 is given what holds it."""
+def meet(job: Job, ranks: Any, file: Path, stop: Callable[[], bool]) -> socket.socket | None:
+    """Set MASTER_ADDR and MASTER_PORT to a free port that all nodes reach; rank 0 receives the socket that holds it."""
     nodes, held = list(ranks._job_env.hostnames), None
     if ranks.rank == 0:
         for old in job.folder.glob(f"{ranks._job_env.job_id}-*.address*"):
             old.unlink()
         address = nodes[0] if len(nodes) > 1 else "127.0.0.1"
-        held = meeting.host(file, address, ranks.master_port, nodes, job.arrival, stop)
+        held = rendezvous.host(file, address, ranks.master_port, nodes, job.arrival, stop)
         port = held.getsockname()[1]
     else:
         connect = ranks.local_rank == 0
-        address, port = meeting.join(file, nodes[ranks._job_env.node], connect, job.arrival, stop)
+        address, port = rendezvous.join(file, nodes[ranks._job_env.node], connect, job.arrival, stop)
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     return held
 
 
-def _record_start(job: Job, job_id: str, start: int, nodes: list[str], after: str) -> None:
-    line: dict[str, Any] = {"job": job_id, "start": start, "after": after, "nodes": nodes}
+def _record_start(job: Job, job_id: str, start: int, nodes: list[str], reason: str) -> None:
+    line: dict[str, Any] = {"job": job_id, "start": start, "after": _after(reason, job_id, start), "nodes": nodes}
     line |= {name.lower(): os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")}
-    line |= {"code": Path(__file__).parent.parent.name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    line |= {"code": Path(__file__).parents[2].name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     with (job.folder / "starts.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def _reason(noted: str, job_id: str, start: int) -> str:
-    """Why the start before this one ended; `noted` is what that one has left."""
+def _after(reason: str, job_id: str, start: int) -> str:
+    """Why the previous start ended: by SLURM's accounting if it knows, else by the note that was left."""
     if start == 0:
         return "submission"
     asked = ["sacct", "-X", "-n", "-P", "--duplicates", "-o", "State", "-j", job_id]
@@ -212,19 +223,17 @@ def _reason(noted: str, job_id: str, start: int) -> str:
         with suppress(OSError, subprocess.SubprocessError):
             states = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n")
     named = {"NODE_FAIL": "node failure", "PREEMPTED": "preemption"}
-    known = [named[state] for state in states[start - 1 : start] if state in named]
-    return (known or [noted or REQUEUED])[0]
+    return next((named[s] for s in states[start - 1 : start] if s in named), reason or REQUEUED)
 
 
 def _pause(note: Path, reason: str, main: bool) -> None:
     if main:
         note.write_text(reason)
-        why = f"{REQUEUED} or scancel" if reason == REQUEUED else reason
-        print(f"paused ({why}): unless it was cancelled, the job is queued again", flush=True)
+        print(f"paused ({f'{REQUEUED} or scancel' if reason == REQUEUED else reason})", flush=True)
 
 
 def _fail(message: str, status: int, note: Path | None = None) -> NoReturn:
-    """End over a fault of this rank, or of its node; the note tells the batch script."""
+    """End because of an error of this rank or node; the note says so to the batch script."""
     if note is not None:
         with suppress(OSError):
             note.touch()

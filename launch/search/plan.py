@@ -1,4 +1,4 @@
-"""The settings of a sweep, and what they make of each of its trials."""
+"""The settings of a sweep, and the trials that follow from them."""
 
 import io
 from contextlib import redirect_stderr
@@ -6,50 +6,64 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.space import Axis, Dimension, cell, cells, label_of, parse_grid, parse_space, sample
-from simclr_ddp import cli, config, run
-from simclr_ddp.config import Pretrain, option
-from simclr_ddp.data import open_dataset
-from simclr_ddp.pretrain import make_objective
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-DIRECTIONS = {"probe_top1": "MAXIMIZE", "contrastive_top1": "MAXIMIZE", "loss": "MINIMIZE"}
+from launch.cluster import preflight
+from launch.search.space import Axis, Dimension, cell, cells, label_of, parse_grid, parse_space, sample
+from simclr_ddp.config import options
+from simclr_ddp.config.options import option
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.system import console
+
+# Of the monitor's metrics, those of which more, or less, is better: alpha-ReQ is best near 1, and an encoder that maps
+# all images to one point has the best alignment and overlap.
+DIRECTIONS = {"probe_top1": "maximize", "contrastive_top1": "maximize", "loss": "minimize"}
+DIRECTIONS |= dict.fromkeys(
+    ("monitor_knn_top1", "monitor_rankme", "monitor_effective_rank", "monitor_participation_ratio", "monitor_lidar"),
+    "maximize",
+)
+DIRECTIONS |= {"monitor_uniformity": "minimize"}
 
 
 @dataclass
 class Sweep:
-    name: str = option("sweep", "of the sweep; a config file's name by default")
-    config: str = option("", "pretraining config that every trial begins with; empty: the Spirograph defaults")
-    set: dict[str, Any] = option({}, "options of all trials, over that config, for example set.optim.epochs=20")
+    name: str = option("sweep", "name of the sweep; by default the name of the config file")
+    config: str = option("", "pretraining config of all trials; empty is the Spirograph defaults", path=True)
+    set: dict[str, Any] = option({}, "options of all trials that override the config, for example set.optim.epochs=20")
     space: dict[str, Any] = option(
-        {}, "random search: key: {log | uniform: [low, high]} or {choice: [...]}, {when: ...}"
+        {}, "random search: {key: {log | uniform: [low, high]}} or {key: {choice: [...]}}, optionally with {when: ...}"
     )
     grid: dict[str, Any] = option(
-        {}, "instead: key: [values], or axis: {name: {key: value, ...}, ...}; all combinations"
+        {}, "or all combinations of {key: [values]} and of {axis: {name: {key: value, ...}, ...}}"
     )
-    metric: str = option("probe_top1", "what makes a trial good, at its last whole epoch", tuple(DIRECTIONS))
-    trials: int = option(20, "of a random search in all; more go on with a finished one", low=1)
-    seed: int = option(0, "of what the trials draw", low=0, high=2**63 - 1)
+    metric: str = option("probe_top1", "metric that is optimised, at the last complete epoch", tuple(DIRECTIONS))
+    trials: int = option(20, "number of trials of a random search; increase it to continue a finished one", low=1)
+    seed: int = option(0, "seed of the values that trials draw", low=0, high=2**63 - 1)
     pruner: str = option(
-        "median", "ends trials early: median, successive halving, or none", ("median", "halving", "none")
+        "median", "ends trials early: by median, successive halving, or none", ("median", "halving", "none")
     )
     grace_epochs: int = option(5, "epochs before a trial can be ended early; halving: its first rung", low=1)
     startup_trials: int = option(5, "median: trials that finish before any is ended early", low=1)
-    reduction: int = option(2, "halving: one trial of so many goes on to so many times the epochs", low=2)
-    at_once: int = option(0, "trials side by side; 0: one a device, or one; of SLURM jobs all", low=0)
-    devices: list[str] = option([], "CUDA devices to share out, for example [0, 1]; empty: all that there are")
-    slurm: str = option("", "config of launch.slurm: trials are its jobs; empty: processes of this machine")
-    sweep_dir: str = option("", "output; empty: runs/sweep/<name>")
-    storage: str = option("", "Optuna's journal, which several sweeps may share; empty: SWEEP_DIR/optuna.journal")
+    reduction: int = option(2, "halving: one in N trials continues, to N times the epochs", low=2)
+    at_once: int = option(0, "trials that run at the same time; 0 is one per device, or one; all SLURM jobs", low=0)
+    devices: list[str] = option([], "CUDA devices for the trials, for example [0, 1]; empty is all")
+    slurm: str = option(
+        "", "config of launch.slurm, to run trials as its jobs; empty is processes of this machine", path=True
+    )
+    sweep_dir: str = option("", "output; empty is runs/sweep/<name>", path=True)
+    retry: str = option("", "failed: run the trials that failed again", ("", "failed"))
+    storage: str = option("", "Optuna's journal, which sweeps may share; empty is SWEEP_DIR/optuna.journal", path=True)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the trials are."""
+    """The trials."""
 
     name: str
     sweep_dir: Path
     layers: list[tuple[str, dict[str, Any]]]  # of all trials
-    fixed: dict[str, Any]  # {dotted key: value} that they make
+    fixed: dict[str, Any]  # {dotted key: value} that results from them
     space: list[Dimension]
     axes: list[Axis]
     seed: int
@@ -62,9 +76,23 @@ class Plan:
         values = sample(self.space, self.fixed, self.seed, number)
         return {key: label_of(value) for key, value in values.items()}, values
 
+    def trial(self, number: int) -> FrozenTrial:
+        """The trial as Optuna records it when it begins."""
+        labels, choices = self.drawn(number)[0], CategoricalDistribution
+        kinds: dict[str, BaseDistribution] = {axis.name: choices(list(axis.places)) for axis in self.axes}
+        for d in self.space:
+            number_of = IntDistribution if d.integer else FloatDistribution
+            if d.kind == "choice":
+                kinds[d.key] = choices([label_of(v) for v in d.values])
+            else:
+                kinds[d.key] = number_of(d.values[0], d.values[1], log=d.kind == "log")
+        used = {name: kinds[name] for name in labels}
+        attributes = {"number": number}  # Optuna's own number of a trial that is run again is another
+        return create_trial(state=TrialState.RUNNING, params=labels, distributions=used, user_attrs=attributes)
+
     def settings(self, number: int, **own: Any) -> Pretrain:
-        """own: options of this trial's alone"""
-        return config.build(Pretrain, [*self.layers, (f"trial {number}", self.drawn(number)[1] | own)])
+        """own: more options of this trial"""
+        return options.build(Pretrain, [*self.layers, (f"trial {number}", self.drawn(number)[1] | own)])
 
     def run_dir(self, number: int) -> Path:
         return self.sweep_dir / "trials" / f"{number:04d}"
@@ -75,69 +103,78 @@ class Plan:
 
 
 def make_plan(settings: Sweep) -> Plan:
-    """Raises ValueError for a key or value that pretrain does not take."""
+    """Raises ValueError for a key or value that pretrain does not accept."""
     if "/" in settings.name:
-        raise ValueError(f"name={settings.name}: a name without / is wanted, sweep_dir=... says where it goes")
+        raise ValueError(f"name={settings.name}: it must not contain /; set sweep_dir=... to choose the folder")
     if bool(settings.space) == bool(settings.grid):
-        what = (
-            "both: one of them is wanted" if settings.space else "missing: one of them says what the trials differ in"
-        )
-        raise ValueError(f"space and grid are {what}")
+        raise ValueError(f"space and grid are {'both' if settings.grid else 'not'} set; set one of them")
     for key in ("name", "run_dir"):
         if key in settings.set:
-            raise ValueError(
-                f"set.{key}: {key} of each trial is chosen by the sweep, sweep_dir=... says where they lie"
-            )
-    layers = [(settings.config, config.read_yaml(settings.config))] if settings.config else []
+            raise ValueError(f"set.{key}: the sweep chooses it for each trial; set sweep_dir=... to choose the folder")
+    layers = [(settings.config, options.read_yaml(settings.config))] if settings.config else []
     layers.append(("set", settings.set))
-    fixed = config.dotted(config.build(Pretrain, layers))
+    fixed = options.dotted(options.build(Pretrain, layers))
     space, axes = parse_space(settings.space), parse_grid(settings.grid)
     for d in space:
         for key, values in d.when.items():
             other = next((o for o in space if o.key == key), None)
             possible = other.values if other and other.kind == "choice" else [] if other else [fixed[key]]
             if possible and not any(value in values for value in possible):
-                raise ValueError(f"space.{d.key}.when.{key}={values} never holds: {key} is one of {possible}")
+                raise ValueError(f"space.{d.key}.when.{key}={values}: it never holds; {key} is one of {possible}")
     sweep_dir = Path(settings.sweep_dir or f"runs/sweep/{settings.name}")
     count = cells(axes) if axes else settings.trials
     return Plan(settings.name, sweep_dir, layers, fixed, space, axes, settings.seed, count)
 
 
-def check(settings: Sweep, plan: Plan) -> None:
-    """ValueError for what would fail later: a trial that can't start, or one without the metric."""
-    counted: dict[str, Any] = {}
+def check(settings: Sweep, plan: Plan, ranks: int = 1) -> None:
+    """ValueError for what would fail later: a trial that can't start on its ranks, or one without the metric."""
+    datasets: dict[str, Any] = {}
+    varied: set[str] = set()
     most = 0
     for number in range(plan.count):
+        labels, values = plan.drawn(number)
+        varied |= values.keys()
         try:
             trial = plan.settings(number)
-            make_objective(trial)
-            source = trial.data.train
-            if source not in counted:
-                counted[source] = open_dataset(source, "train")
-            with redirect_stderr(io.StringIO()):  # its warnings are for the trial's log
-                planned = run.make_plan(trial, counted[source])
+            with redirect_stderr(io.StringIO()):  # its warnings belong in the trial's log
+                planned = preflight.check(trial, ranks, datasets)
         except (ValueError, OSError) as error:
-            raise ValueError(f"trial {number} ({shown(plan.drawn(number)[0])}): {error}") from error
+            raise ValueError(f"trial {number} ({shown(labels)}): {error}") from error
         epochs = planned.total_steps // planned.steps_per_epoch
         most = max(most, epochs)
         why = ""
         if not epochs:
-            why = f"its {planned.total_steps} steps are no whole epoch of {planned.steps_per_epoch}"
+            why = f"its {planned.total_steps} steps are not one epoch of {planned.steps_per_epoch}; train for longer"
         elif settings.metric == "probe_top1" and not trial.probe.enabled:
-            why = "probe.enabled=false; set.probe.enabled=true makes it, metric=contrastive_top1 does without"
-        elif settings.metric == "probe_top1" and not counted[source].class_count:
-            why = f"data.train={source} has no classes; metric=contrastive_top1 does without"
+            why = "probe.enabled=false; set.probe.enabled=true, or metric=contrastive_top1"
+        elif settings.metric == "probe_top1" and not datasets[trial.data.train].class_count:
+            why = f"data.train={trial.data.train} has no classes; set metric=contrastive_top1"
+        elif settings.metric.startswith("monitor_"):
+            why = _unmonitored(settings.metric, trial, epochs, datasets[trial.data.train].has_classes)
         if why:
-            raise ValueError(f"trial {number} would not have metric={settings.metric}: {why}")
+            raise ValueError(f"metric={settings.metric}: trial {number} would not have it, as {why}")
     if plan.space and settings.pruner != "none" and settings.grace_epochs >= most:
         raise ValueError(
-            f"grace_epochs={settings.grace_epochs}: no trial has more than {most} epochs, so none could end "
-            "early: fewer, or pruner=none"
+            f"grace_epochs={settings.grace_epochs}: trials have at most {most} epochs, so none could end early; "
+            "decrease it, or set pruner=none"
         )
-    varied = {key for number in range(plan.count) for key in plan.drawn(number)[1]}
     scale = sorted(key for key in varied if key.startswith("loss.") or key == "optim.global_batch_size")
     if settings.metric == "loss" and scale:
-        cli.warn(f"metric=loss can't be compared between values of {', '.join(scale)}: metric=probe_top1 can")
+        console.warn(f"metric=loss: not comparable between values of {', '.join(scale)}; set metric=probe_top1")
+
+
+def _unmonitored(metric: str, trial: Pretrain, epochs: int, has_classes: bool) -> str:
+    """Why a trial would not have this metric of the monitor at the end of an epoch, and what to do; or ""."""
+    every, steps = trial.monitor.every_epochs, trial.optim.steps
+    if not every:
+        return "monitor.every_epochs=0; set.monitor.every_epochs=1"
+    if steps and every > epochs:
+        return f"monitor.every_epochs={every} and it ends in epoch {epochs + 1}; measure more often"
+    if metric == "monitor_lidar" and not trial.monitor.views:
+        return "monitor.views=0; set.monitor.views=10"
+    if metric == "monitor_knn_top1" and not has_classes:
+        return f"data.train={trial.data.train} has no classes; set metric=monitor_rankme"
+    return ""
 
 
 def shown(labels: dict[str, Any]) -> str:
