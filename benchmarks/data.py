@@ -1,25 +1,25 @@
-"""Images/s of data loading, ours beside FFCV and torchvision: `python -m benchmarks.data photos.tar workers=1,2`
+"""Measure images/s of data loading, next to FFCV and torchvision: `python -m benchmarks.data photos.tar workers=1,2`
 
 Every source image gives two random-resized-crop views (area 0.08 to 1, aspect 3/4 to 4/3), uint8 on the CPU and with
 no further augmentation. Variants:
 
-* ours, loader=ffcv and loader=torch: `simclr_ddp.data.training_batches`
-* FFCV: two pipelines over one image field, random order, page cache: what an FFCV user writes today
+* ours, loader=ffcv and loader=torch: `simclr_ddp.data.batches.training_batches`
+* FFCV: two pipelines over one image field, random order, page cache, as an FFCV user writes it today
 * torchvision: a DataLoader over the same JPEG bytes, Pillow, two RandomResizedCrops
 
 All read one .beton file, in which the source's images are repeated until an epoch has about `images` samples. First a
-whole epoch of each variant is checked: every sample once, shapes, pixels; a fault ends the command. Then come the
-rounds.
+complete epoch of each variant is checked: every sample once, shapes, pixels; an error ends the command. Then the rounds
+are timed.
 
-How it is timed: each variant lives in a process of its own, and one runs at a time. A round is one whole epoch of each
-variant, in alternating order. Its clock runs from the arrival of one batch to that of a later one, both while all
-workers are busy: after the first batches, which wait for start-up and new memory, and before the last, when the workers
-run out of work. The epoch is then read to its end, so nothing is fetched ahead while the next variant runs. That is the
-rate of a long epoch; what an epoch costs at its border is in nobody's figure. The consumer does nothing with a batch.
+Timing: each variant has its own process, and one runs at a time. A round is one complete epoch of each variant, in
+alternating order. The clock runs from the arrival of one batch to that of a later one, both while all workers are busy:
+after the first batches, which wait for start-up and new memory, and before the last ones, when the workers run out of
+work. The epoch is then read to its end, so nothing is prefetched while the next variant runs. The result is the rate of
+a long epoch; the cost of starting and ending an epoch is not included. The consumer does nothing with a batch.
 
-CPU is the processor time of the process and its workers in the clocked part: what other users of the machine disturb
-least. Memory is what they hold at its end, most of all rounds: their own and shared pages, each counted once, without
-those of files (libraries, the .beton file in the page cache). Both need Linux, and are 0 elsewhere.
+CPU is the processor time of the process and its workers in the timed part; other users of the machine disturb it least.
+Memory is what they hold at the end of that part, the maximum over rounds: private and shared pages, each counted once,
+without those of files (libraries, the .beton file in the page cache). Both need Linux, and are 0 elsewhere.
 """
 
 import io
@@ -48,13 +48,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from simclr_ddp import beton, cli
-from simclr_ddp.cli import say
-from simclr_ddp.config import option
-from simclr_ddp.data import Share, cores, open_dataset, training_batches, usable_loader
-from simclr_ddp.draws import permutation
-from simclr_ddp.runtime import Runtime, describe
-from simclr_ddp.write_dataset import convert
+from simclr_ddp.config import command
+from simclr_ddp.config.options import option
+from simclr_ddp.data import beton
+from simclr_ddp.data.batches import Share, training_batches, usable_loader
+from simclr_ddp.data.convert import Storage, convert
+from simclr_ddp.data.dataset import open_dataset
+from simclr_ddp.data.draws import permutation
+from simclr_ddp.distributed.runtime import Runtime
+from simclr_ddp.runs.provenance import describe
+from simclr_ddp.system.console import say
+from simclr_ddp.system.machine import cores
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 LABELS = {
@@ -75,42 +79,42 @@ Batches = Iterator[tuple[Sequence[Tensor], np.ndarray]]  # V views uint8 [B, 3, 
 @dataclass
 class DataBenchmark:
     source: str = option("", "folder of JPEGs (at any depth) or a .tar of them; empty: 64 are generated")
-    workers: str = option("1,2", "numbers of workers, each measured by itself")
-    batch_size: int = option(64, "images of a batch", low=1)
-    images: int = option(2048, "samples of an epoch, rounded down to whole batches", low=1)
+    workers: str = option("1,2", "numbers of workers, measured one after the other")
+    batch_size: int = option(64, "images per batch", low=1)
+    images: int = option(2048, "samples per epoch, rounded down to complete batches", low=1)
     size: int = option(224, "height and width of a view in pixels", low=8)
     rounds: int = option(10, "timed epochs of each variant", low=1)
-    out: str = option("", "the .json to write, a .png beside it; empty: benchmarks/results/data/<source>.json")
+    out: str = option("", "the .json to write, with a .png next to it; empty: benchmarks/results/data/<source>.json")
 
 
 class Task(NamedTuple):
-    """What one process measures."""
+    """The measurement of one process."""
 
     path: Path  # the .beton file
     variant: str
     workers: int
     batch_size: int
-    batches: int  # of an epoch
+    batches: int  # per epoch
     size: int
 
 
 class Observed(NamedTuple):
-    """An epoch of n samples, as it was delivered."""
+    """An epoch of n samples, as a variant delivered it."""
 
     sample: np.ndarray  # int64 [n], in the order of delivery
-    means: np.ndarray  # float32 [n, V], of each view's pixels
+    means: np.ndarray  # float32 [n, V], mean of each view's pixels
     kinds: list[str]  # every shape [V, B, 3, H, W] and dtype that a batch had
     views: np.ndarray  # uint8 [m, V, 3, H, W] of samples 0, 1, ..., m - 1
 
 
 class Measured(NamedTuple):
     images_per_second: float
-    cpu: float  # seconds of all processes for an image
+    cpu: float  # seconds of all processes per image
     memory: int  # bytes
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(run, DataBenchmark, "[SOURCE]", __doc__ or "", argv)
+    return command.run(run, DataBenchmark, "[SOURCE]", __doc__ or "", argv)
 
 
 def run(settings: DataBenchmark) -> None:
@@ -120,13 +124,13 @@ def run(settings: DataBenchmark) -> None:
     least = LEAD + 2 * max(workers) + 4
     if batches < least:
         raise ValueError(
-            f"images={settings.images} are {batches} batches of {settings.batch_size}, but {least} are needed: "
+            f"images={settings.images}: this makes {batches} batches of {settings.batch_size}, but {least} are needed; "
             "raise images or lower batch_size"
         )
     name = Path(settings.source).stem if settings.source else "generated"
     out = Path(settings.out or f"benchmarks/results/data/{name}.json")
     if out.suffix != ".json":
-        raise ValueError(f"out={out} does not end in .json")
+        raise ValueError(f"out={out}: it does not end in .json; name a .json file")
     variants = list(LABELS)
     loader, reason = usable_loader("auto")
     if loader != "ffcv":
@@ -166,14 +170,14 @@ def run(settings: DataBenchmark) -> None:
 def _workers(text: str) -> list[int]:
     counts = text.replace(" ", "").split(",")
     if not all(count.isdecimal() and int(count) > 0 for count in counts):
-        raise ValueError(f"workers={text}: numbers from 1 up are wanted, such as 1,2")
+        raise ValueError(f"workers={text}: numbers of at least 1 are expected; write for example workers=1,2")
     if max(map(int, counts)) > cores():
-        raise ValueError(f"workers={text}, but this process may use {cores()} cores: ask for no more (FFCV refuses)")
+        raise ValueError(f"workers={text}: this process may use {cores()} cores; choose no more (FFCV refuses them)")
     return sorted({int(count) for count in counts})
 
 
 def _command(settings: DataBenchmark) -> str:
-    """The command that was given, without the folders of source and output."""
+    """Return the command that was given, without the folders of source and output."""
     default = DataBenchmark()
     options = [f"{k}={v}" for k, v in vars(settings).items() if k not in ("source", "out") and v != getattr(default, k)]
     source = [Path(settings.source).name] if settings.source else []
@@ -191,16 +195,16 @@ def _version(package: str) -> str | None:
 
 
 def write_samples(source: str, path: Path, count: int) -> dict[str, Any]:
-    """Write `count` samples to a .beton file: the source's images, again and again; label i is sample i.
+    """Write `count` samples to a .beton file by repeating the source's images; the label of sample i is i.
 
-    Raises ValueError or OSError if the source is missing, holds no JPEG, or one that can't be decoded.
+    Raises ValueError or OSError if the source is missing, has no JPEG, or has one that can't be decoded.
     """
     pictures = []
     for name, data in _jpegs(source, count):
         try:
-            pictures.append(convert(data, 90, "auto").picture)
+            pictures.append(convert(data, Storage()).picture)
         except Exception as error:  # Pillow raises almost anything at broken data
-            raise ValueError(f"{name} can't be decoded ({error}): mend or remove it") from error
+            raise ValueError(f"{name} can't be decoded ({error}): fix or remove it") from error
     samples = ((pictures[i % len(pictures)], i) for i in range(count))
     beton.write(path, samples, {"image": beton.PICTURES, "label": beton.INT}, count, {"source": Path(source).name})
     sizes = np.array([(picture.height, picture.width) for picture in pictures])
@@ -214,7 +218,7 @@ def write_samples(source: str, path: Path, count: int) -> dict[str, Any]:
 
 
 def _jpegs(source: str, most: int) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of at most so many JPEG files, a shuffled choice if there are more."""
+    """Yield names and contents of at most `most` JPEG files, a random choice if there are more."""
     if not source:
         yield from ((f"generated image {i}", data) for i, data in enumerate(_generated(min(64, most))))
     elif Path(source).is_dir():
@@ -232,17 +236,17 @@ def _jpegs(source: str, most: int) -> Iterator[tuple[str, bytes]]:
         except (tarfile.TarError, EOFError) as error:
             raise ValueError(f"{source} is no tar archive, or is truncated ({error}): give another one") from error
     else:
-        raise FileNotFoundError(f"{source} is not there: give a folder of JPEGs or a .tar of them")
+        raise FileNotFoundError(f"{source} does not exist: give a folder of JPEGs or a .tar of them")
 
 
 def _chosen(found: int, most: int, source: str) -> list[int]:
     if not found:
-        raise ValueError(f"{source} holds no JPEGs ({', '.join(SUFFIXES)}): give a folder or a .tar of them")
+        raise ValueError(f"{source} has no JPEGs ({', '.join(SUFFIXES)}): give a folder or a .tar of them")
     return sorted(permutation(0, 0, found)[:most].tolist())
 
 
 def _generated(count: int) -> Iterator[bytes]:
-    """JPEGs of about 500 x 375 pixels and 100 kB: smooth colours and some noise."""
+    """Yield JPEGs of about 500 x 375 pixels and 100 kB: smooth colours and some noise."""
     random = np.random.default_rng(0)
     for _ in range(count):
         height, width = (int(side) for side in random.integers((300, 400), (450, 600)))
@@ -313,7 +317,7 @@ def _ffcv(task: Task) -> Callable[[int], Batches]:
 
 
 class _TwoCrops(TorchDataset):
-    """Image i as (uint8 [2, 3, size, size], i)."""
+    """A data set whose item i is (two crops of image i as uint8 [2, 3, size, size], i)."""
 
     def __init__(self, path: Path, size: int) -> None:
         from torchvision.transforms import InterpolationMode, RandomResizedCrop
@@ -352,7 +356,7 @@ def _torchvision(task: Task) -> Callable[[int], Batches]:
 
 
 class Process:
-    """A process that reads one epoch of a variant when told to."""
+    """A process that reads one epoch of a variant on request."""
 
     def __init__(self, task: Task) -> None:
         context = multiprocessing.get_context("spawn")
@@ -363,7 +367,7 @@ class Process:
         theirs.close()
 
     def run(self, epoch: int) -> Any:
-        """Epoch 0 as Observed, any other as Measured. Raises ValueError if the variant failed."""
+        """Return epoch 0 as Observed, any other as Measured. Raises ValueError if the variant failed."""
         name = f"{LABELS[self.task.variant]} with {self.task.workers} workers"
         try:
             self.pipe.send(epoch)
@@ -378,7 +382,7 @@ class Process:
         return answer
 
     def close(self) -> None:
-        self.pipe.close()  # ends it where it waits
+        self.pipe.close()  # ends the process where it waits
         self.process.join(10)
         self.process.terminate()
         self.process.join()
@@ -429,8 +433,8 @@ def observe(batches: Iterable[tuple[Sequence[Tensor], np.ndarray]]) -> Observed:
 
 
 def measure(batches: Batches, task: Task) -> Measured:
-    """Rate and memory in the middle of an epoch, which is read to its end."""
-    # Several workers deliver in bursts: a multiple of them puts both ends of the clock at the same place of a burst.
+    """Measure rate and memory in the inner part of an epoch, and read it to its end."""
+    # Several workers deliver in bursts, so a multiple of them starts and stops the clock at the same place of a burst.
     clocked = (task.batches - LEAD - 2 * task.workers) // task.workers * task.workers
     images = clocked * task.batch_size
     start = seconds = cpu = 0.0
@@ -446,13 +450,13 @@ def measure(batches: Batches, task: Task) -> Measured:
 
 
 def _family(amount: Callable[[Path], float], process: Path = Path("/proc/self")) -> float:
-    """The sum over a process and those it started."""
+    """Return the sum over a process and its descendants."""
     try:
-        own = amount(process)
+        alone = amount(process)
         children = [child for file in process.glob("task/*/children") for child in file.read_text().split()]
     except (FileNotFoundError, ProcessLookupError):  # it has ended, or this is not Linux
         return 0
-    return own + sum(_family(amount, Path("/proc") / child) for child in children)
+    return alone + sum(_family(amount, Path("/proc") / child) for child in children)
 
 
 def _cpu_seconds(process: Path) -> float:
@@ -469,7 +473,7 @@ def _memory(process: Path) -> float:
 
 
 def check(observed: dict[str, Observed], count: int, batch_size: int, size: int) -> dict[str, Any]:
-    """How the variants' epochs compare. Raises ValueError at the first that is not what it should be."""
+    """Compare the variants' epochs. Raises ValueError for the first variant that is wrong."""
     ours = observed["ours_torch"]
     ours_means = ours.means[np.argsort(ours.sample)]
     found: dict[str, Any] = {}
@@ -499,9 +503,9 @@ def check(observed: dict[str, Observed], count: int, batch_size: int, size: int)
 
 
 def _implausible(means: np.ndarray, ours: np.ndarray) -> str:
-    """What tells a variant's views from ours by their means, both [n, V] in the order of the samples; "" if nothing.
+    """Compare the means of a variant's views with ours, both [n, V] in sample order; return an error or "".
 
-    The crops differ: only what holds for any crops of the same images is asked for.
+    The crops differ, so only properties of any crops of the same images are checked.
     """
     if (means == 0).mean() > (ours == 0).mean() + 0.01:
         return f"{(means == 0).mean():.0%} of its views are black"
@@ -510,7 +514,7 @@ def _implausible(means: np.ndarray, ours: np.ndarray) -> str:
     difference = (means - ours).mean(1)
     if abs(difference.mean()) > 2 + 5 * difference.std() / len(difference) ** 0.5:
         return f"its views' mean is {means.mean():.1f}, ours {ours.mean():.1f}"
-    # Bright images give bright views, as far as images differ: as much as one of our views tells of the other.
+    # Bright images give bright views. How much, as far as images differ, is known from our two views of an image.
     if _correlation(means.mean(1), ours.mean(1)) < 0.5 * _correlation(ours[:, 0], ours[:, 1]) - 0.1:
         return "its views are of other images than the sample numbers say"
     return ""
@@ -527,7 +531,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 def _rounds(
     variants: Sequence[str], processes: Sequence[Process], rounds: int, workers: int, blocks_left: int
 ) -> dict[str, list[Measured]]:
-    """Each variant's rounds; blocks_left other numbers of workers are still to come."""
+    """Measure each variant's rounds; `blocks_left` other numbers of workers follow later."""
     measured: dict[str, list[Measured]] = {name: [] for name in variants}
     begin = time.perf_counter()
     for r in range(1, rounds + 1):
@@ -541,7 +545,7 @@ def _rounds(
 
 
 def _summary(measured: dict[str, list[Measured]], workers: int) -> list[dict[str, Any]]:
-    """One row a variant; `ours` is the first. Its factor is taken round by round, which cancels a slow minute."""
+    """Return one row per variant, ours first. Speed-ups are computed per round, which cancels slow minutes."""
     rates = {name: [m.images_per_second for m in rounds] for name, rounds in measured.items()}
     ours = next(iter(rates.values()))
     return [
@@ -587,7 +591,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def chart(results: Sequence[dict[str, Any]], name: str, path: Path) -> None:
-    """Bars of the medians, with quartiles."""
+    """Plot the medians as bars, with quartiles."""
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")  # files only, no window

@@ -1,16 +1,16 @@
-"""What a checkpoint costs the step beside which it is written.
+"""Measure how much a checkpoint slows down the training step during which it is written.
 
     python -m benchmarks.saving configs/pretrain/cifar10_cpu.yaml data.train=datasets/cifar10-train.beton
 
-Three kinds of training step take turns, in rounds of changing order:
+Three kinds of training step alternate, in rounds of changing order:
 
     none         nothing is saved
-    background   a checkpoint is begun before it, as simclr_ddp.pretrain saves: a copy is taken, a thread writes it
-    waiting      a checkpoint is begun before it, and the step waits until it is on the disk
+    background   a save begins before the step, as in simclr_ddp.pretrain: the state is copied, a thread writes it
+    waiting      a save begins before the step, and the step waits until it is on the disk
 
-What is left to write after a step is not counted. The cost is the time of a step against that of `none` in the same
-round. The table goes to the screen, FOLDER/<config>-<device>-<ranks>.json holds the rest. Under torchrun it measures
-the ranks there are. Checkpoints are written where the run directory is.
+Time for writing after the end of a step is not counted. The cost is the time of a step relative to that of `none` in
+the same round. The table is printed, and FOLDER/<config>-<device>-<ranks>.json contains all values. Under torchrun the
+command measures the present ranks. Checkpoints are written to the run directory.
 
 flags: --rounds 20     rounds
        --out FOLDER    benchmarks/results/saving by default
@@ -27,14 +27,17 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.loops import Training, synchronize
-from benchmarks.step import take_flags
-from simclr_ddp import cli, config, distributed
-from simclr_ddp.config import Pretrain
-from simclr_ddp.data import open_dataset
-from simclr_ddp.run import make_plan
-from simclr_ddp.runtime import describe, setup
-from simclr_ddp.saver import Saver
+from benchmarks.support.loops import Loop, synchronize
+from benchmarks.support.timing import take_flags
+from simclr_ddp.config import command, options
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.data.dataset import open_dataset
+from simclr_ddp.distributed import collectives, rendezvous
+from simclr_ddp.distributed.runtime import setup
+from simclr_ddp.runs.provenance import describe
+from simclr_ddp.system import console
+from simclr_ddp.training.plan import make_plan
+from simclr_ddp.training.saver import Saver
 
 FLAGS = {"--rounds": "20", "--out": "benchmarks/results/saving"}
 KINDS = ("none", "background", "waiting")
@@ -42,27 +45,27 @@ KINDS = ("none", "background", "waiting")
 
 def main(argv: list[str] | None = None) -> int:
     flags, rest = take_flags(sys.argv[1:] if argv is None else argv, FLAGS)
-    return cli.run(partial(benchmark, flags=flags), Pretrain, "[CONFIG.yaml]", __doc__ or "", rest)
+    return command.run(partial(benchmark, flags=flags), Pretrain, "[CONFIG.yaml]", __doc__ or "", rest)
 
 
 def benchmark(settings: Pretrain, flags: dict[str, str]) -> None:
     if not flags["--rounds"].isdigit() or int(flags["--rounds"]) < 2:
-        raise ValueError(f"--rounds {flags['--rounds']}: a number of at least 2 is wanted, for example --rounds 20")
+        raise ValueError(f"--rounds {flags['--rounds']}: it must be at least 2; write for example --rounds 20")
     rounds = int(flags["--rounds"])
     runtime = setup(settings.device, settings.precision, settings.threads, settings.timeout)
-    dataset = open_dataset(settings.data.train, "train")
+    dataset = open_dataset(settings.data.train, "train", settings.data.spirograph)
     plan = make_plan(settings, dataset)
-    training = Training(settings, runtime, dataset, plan)
+    loop = Loop(settings, runtime, dataset, plan)
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=plan.run_dir) as folder:
-        seconds = measure(training, Path(folder), rounds)
+        seconds = measure(loop, Path(folder), rounds)
         size = max((path.stat().st_size for path in Path(folder).glob("step-*.pt")), default=0)
-    ranks, machine = distributed.world_size(), describe(runtime)
-    distributed.stop()
-    if not cli.main_rank():
+    ranks, machine = collectives.world_size(), describe(runtime)
+    rendezvous.stop()
+    if not console.main_rank():
         return
     growth = {kind: [a / b - 1 for a, b in zip(seconds[kind], seconds["none"], strict=True)] for kind in KINDS}
-    print(f"a checkpoint of {size / 1e6:,.1f} MB beside a step, {ranks} ranks, {rounds} rounds")
+    print(f"a checkpoint of {size / 1e6:,.1f} MB during a step, {ranks} ranks, {rounds} rounds")
     print(f"{'step':<12} {'median':>10}   growth: median (quartiles)")
     for kind in KINDS:
         low, middle, high = (100 * value for value in statistics.quantiles(growth[kind], n=4))
@@ -77,40 +80,40 @@ def benchmark(settings: Pretrain, flags: dict[str, str]) -> None:
         "checkpoint_bytes": size,
         "growth_median": {kind: statistics.median(growth[kind]) for kind in KINDS[1:]},
         "seconds": seconds,
-        "settings": config.plain(settings),
+        "settings": options.plain(settings),
     }
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(path)
 
 
-def measure(training: Training, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step of each kind in every round; on rank 0 checkpoints are written to the folder."""
-    device, orders = training.runtime.device, random.Random(0)  # the same on all ranks
-    saver = Saver(folder, training.settings.checkpoint, training.plan.steps_per_epoch, device)
+def measure(loop: Loop, folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of a step of each kind in every round; rank 0 writes checkpoints to the folder."""
+    device, orders = loop.runtime.device, random.Random(0)  # the same on all ranks
+    saver = Saver(folder, device, keep_last=loop.settings.checkpoint.keep_last)
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    with closing(training.batches(3 + rounds * len(KINDS))) as batches:
+    with closing(loop.batches(3 + rounds * len(KINDS))) as batches:
         for _ in range(3):
-            training.step(batches)
+            loop.step(batches)
         for _ in range(rounds):
             for kind in orders.sample(KINDS, len(KINDS)):
                 saver.wait()
-                distributed.barrier()
+                collectives.barrier()
                 synchronize(device)
                 begin = time.perf_counter()
-                if kind != "none" and distributed.is_main():
-                    with (folder / "metrics.jsonl").open("a") as file:  # which pretrain brings to the disk before
+                if kind != "none" and collectives.is_main():
+                    with (folder / "metrics.jsonl").open("a") as file:  # pretrain flushes it before a checkpoint
                         file.write(f"{'x' * 200}\n")
                         file.flush()
                         os.fsync(file.fileno())
-                    saver.save({"step": training.done} | training.state.to_save(), training.done)
+                    saver.save({"step": loop.done} | loop.state.to_save(), loop.done)
                 if kind == "waiting":
                     saver.wait()
-                training.step(batches)
+                loop.step(batches)
                 synchronize(device)
                 seconds[kind].append(time.perf_counter() - begin)
         fault = saver.wait()
     if fault:
-        raise OSError(f"a checkpoint could not be written ({fault}): run_dir=... takes another place")
+        raise OSError(f"a checkpoint could not be written ({fault}): set run_dir=... to another disk")
     return seconds
 
 

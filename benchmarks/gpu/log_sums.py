@@ -1,27 +1,27 @@
-"""Log-sums of a kernel and their gradient: the plain tiles, the same compiled, and the Triton kernels.
+"""Compare implementations of a kernel's log-sums and their gradient: plain tiles, compiled tiles, Triton kernels.
 
     python -m benchmarks.gpu.log_sums [--out=FILE.json] [--sizes=512,2048] [--widths=128,256]
 
-For each kernel, embedding width and number of images: first the error against float64, then seconds of a forward and
-a backward pass (median, least, most) and peak memory beside the inputs. Variants, all on one process:
+For each kernel, embedding width and number of images it prints the error against float64, the seconds of a forward and
+a backward pass (median, least, most) and the peak memory beyond the inputs. The variants run on one process:
 
-    tiled T               simclr_ddp.tiled, with tiles of T rows and columns (--tiles=1024,4096,8192)
+    tiled T               simclr_ddp.losses.tiled, with tiles of T rows and columns (--tiles=1024,4096,8192)
     compiled T            the same tiles, each by one compiled function forward and one backward: torch.compile of the
-                          whole would unroll the loop over tiles
-    compiled T, autotune  in the mode max-autotune-no-cudagraphs
-    triton                simclr_ddp.triton_log_sums
-    triton, tf32x3        with products on tensor cores, three for one: to see what it would gain, at which error
+                          complete loss would unroll the loop over tiles
+    compiled T, autotune  the same in the mode max-autotune-no-cudagraphs
+    triton                simclr_ddp.losses.triton_log_sums
+    triton, tf32x3        the same with three tensor-core products for each product, to see its speed and error
 
-Triton stays if it is at least 1.3 times as fast as the best of the others but tf32x3 for 4,096 images and more, and is
-deleted if not: the ratio is printed. Results go to FILE.json after each measurement, by default
-benchmarks/results/log_sums_<GPU>.json. Exit status 1 if a variant fails or is wrong.
+The printed ratio decides about Triton: it stays if it is at least 1.3 times as fast as the best of the others except
+tf32x3 for 4,096 images and more, and is deleted otherwise. Results are written to FILE.json after each measurement, by
+default benchmarks/results/log_sums_<GPU>.json. The exit status is 1 if a variant fails or is wrong.
 
-    --variants=tiled,triton   only those, named by their first word or in full
-    --seconds=1   of each measurement at most, unless three repeats take longer, instead of 5
+    --variants=tiled,triton   measure only these, named by their first word or in full
+    --seconds=1   limit each measurement to 1 second instead of 5, unless three repeats take longer
 
-    --sweep=128   instead: seconds of other blocks of the Triton kernels for embeddings of that width, best first, to
-                  correct SHAPES in simclr_ddp/triton_log_sums.py by
-    --device=cpu  a trial; the Triton kernels take part under TRITON_INTERPRET=1 only
+    --sweep=128   instead measure other blocks of the Triton kernels for embeddings of that width and print the best
+                  first, to correct SHAPES in simclr_ddp/losses/triton_log_sums.py
+    --device=cpu  try the benchmark on the CPU; the Triton kernels are included only with TRITON_INTERPRET=1
 """
 
 import json
@@ -39,12 +39,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.step import take_flags
-from simclr_ddp import tile_kernels, tiled
-from simclr_ddp.losses import Objective, normalize, tile_kernel
-from simclr_ddp.metrics import peak_memory_bytes
-from simclr_ddp.products import full_precision
-from simclr_ddp.runtime import Runtime, describe
+from benchmarks.support.timing import take_flags
+from simclr_ddp.distributed.runtime import Runtime
+from simclr_ddp.losses import tile_kernels, tiled, tiling
+from simclr_ddp.losses.contrastive import normalize
+from simclr_ddp.losses.kernels import Objective, tile_kernel
+from simclr_ddp.losses.matmul import full_precision
+from simclr_ddp.runs.provenance import describe
+from simclr_ddp.system.errors import one_line
+from simclr_ddp.system.machine import peak_memory_bytes
 
 FLAGS = {"--out": "", "--sizes": "512,2048,4096,8192,16384,65536", "--widths": "128,256", "--sweep": ""}
 FLAGS |= {"--device": "cuda", "--tiles": "1024,4096,8192", "--variants": "", "--seconds": "5"}
@@ -62,10 +65,10 @@ def main() -> int:
         return 0
     flags, rest = take_flags(sys.argv[1:], FLAGS)
     if rest:
-        print(f"error: {rest[0]} is not known: choose from {', '.join(FLAGS)}", file=sys.stderr)
+        print(f"error: {rest[0]} is unknown: choose from {', '.join(FLAGS)}", file=sys.stderr)
         return 2
     if flags["--device"] == "cuda" and not torch.cuda.is_available():
-        print("error: torch sees no GPU, and this needs one: --device=cpu is a trial", file=sys.stderr)
+        print("error: torch sees no GPU: start on a machine with one, or try --device=cpu", file=sys.stderr)
         return 2
     device = torch.device(flags["--device"])
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
@@ -103,7 +106,7 @@ def triton_version() -> str | None:
 
 
 def inputs(images: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """z [2, N, D] float32 of unit length, views near each other; and the gradient of a mean loss's log-sums [2N]."""
+    """Return z [2, N, D] float32 of unit length with similar views, and the gradient of a mean loss's log-sums [2N]."""
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(images, width, generator=generator)
     z = normalize(torch.stack([y, y + 0.5 * torch.randn(y.shape, generator=generator)]))
@@ -113,7 +116,7 @@ def inputs(images: int, width: int, device: torch.device) -> tuple[Tensor, Tenso
 def variants(kernel: tile_kernels.TileKernel, images: int, tiles: list[int], device: torch.device) -> dict[str, Pass]:
     found: dict[str, Pass] = {}
     for tile in tiles:
-        if images <= 16384 or tile > 512:  # else the launches alone take seconds
+        if images <= 16384 or tile > 512:  # otherwise the launches alone take seconds
             found[f"tiled {tile}"] = partial(plain, kernel=kernel, tile=tile)
     tile = min(max(tiles), images)
     for mode, of in ((None, ""), ("max-autotune-no-cudagraphs", ", autotune")):
@@ -121,7 +124,7 @@ def variants(kernel: tile_kernels.TileKernel, images: int, tiles: list[int], dev
             found[f"compiled {tile}{of}"] = Compiled(kernel, tile, mode)
     if triton_version() is None:
         return found
-    from simclr_ddp import triton_log_sums
+    from simclr_ddp.losses import triton_log_sums
 
     if device.type == "cuda" or triton_log_sums.INTERPRETED:
         found["triton"] = partial(by_triton, kernel=kernel, product="ieee")
@@ -140,7 +143,7 @@ def compare(
     chosen: list[str],
     seconds: float,
 ) -> None:
-    """One kernel at one size: the chosen variants, or all if none is named."""
+    """Measure one kernel at one size: the chosen variants, or all if none is named."""
     z, upstream = inputs(images, width, device)
     of = tile_kernel(Objective(kernel, TEMPERATURE))
     exact = plain(z.double(), upstream.double(), kernel=of, tile=4096)
@@ -155,16 +158,18 @@ def compare(
                 what: ((found[what] - expected).norm() / expected.norm()).item()
                 for what, expected in zip(ALLOWED, exact, strict=True)
             }
-            passed = all(errors[what] <= allowed for what, allowed in ALLOWED.items())  # not for NaN either
+            passed = all(errors[what] <= allowed for what, allowed in ALLOWED.items())  # False also for NaN
             entry |= {"passed": passed, "errors": errors} | measured(partial(run, z, upstream), device, seconds)
             medians[name] = entry["seconds"]["median"]
-        except Exception as error:  # out of memory or of shared memory, or a compiler that fails: the others go on
-            entry |= {"passed": False, "failure": f"{type(error).__name__}: {str(error)[:500]}"}
+        except Exception as error:  # out of (shared) memory, or the compiler fails: continue with the others
+            entry |= {"passed": False, "failure": f"{type(error).__name__}: {one_line(error, 500)}"}
         note(entry)
         print(line(entry), flush=True)
     others = [value for name, value in medians.items() if not name.startswith("triton")]
     if "triton" in medians and others:
-        print(f"  the best other takes {min(others) / medians['triton']:.2f} times as long as triton", flush=True)
+        print(
+            f"  the best other variant takes {min(others) / medians['triton']:.2f} times as long as triton", flush=True
+        )
 
 
 def line(entry: dict[str, Any]) -> str:
@@ -178,7 +183,7 @@ def line(entry: dict[str, Any]) -> str:
 
 
 def measured(run: Callable[[], Any], device: torch.device, most: float = 5.0) -> dict[str, Any]:
-    """Seconds of one call, and memory at its peak beside what was there before; after a call that compiled."""
+    """Measure the seconds of one call and its additional peak memory, after a first call that compiles."""
     before = 0
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -209,29 +214,29 @@ def measured(run: Callable[[], Any], device: torch.device, most: float = 5.0) ->
 @torch.no_grad()
 def plain(z: Tensor, upstream: Tensor, *, kernel: tile_kernels.TileKernel, tile: int) -> tuple[Tensor, Tensor]:
     with tiles_of(tile):
-        work = tiled._Pairs(z, z, True, tiled.Problem(kernel, lambda a, b: a, 0, "fp32", None, radius=1.0))
+        work = tiled.Pairs(z, z, True, tile_kernels.Problem(kernel, lambda a, b: a, 0, "fp32", None, radius=1.0))
         sums, kept = work.log_sums(True)
         return sums, work.gradients(sums, upstream, kept, False)[0].view(z.shape)
 
 
 @contextmanager
 def tiles_of(tile: int) -> Iterator[None]:
-    """Within, tiles on any device have so many rows and columns, and those on the diagonal half as many."""
-    before = tiled.TILE, tiled.TRIANGLE, tiled.GPU
-    tiled.TILE, tiled.TRIANGLE, tiled.GPU = tile, tile // 2, tiled.Sizes(tile, tile // 2, tiled.GPU.kept)
+    """In this context tiles on any device have `tile` rows and columns, and those on the diagonal half as many."""
+    before = tiling.TILE, tiling.TRIANGLE, tiling.GPU
+    tiling.TILE, tiling.TRIANGLE, tiling.GPU = tile, tile // 2, tiling.Sizes(tile, tile // 2, tiling.GPU.kept)
     try:
         yield
     finally:
-        tiled.TILE, tiled.TRIANGLE, tiled.GPU = before
+        tiling.TILE, tiling.TRIANGLE, tiling.GPU = before
 
 
 @torch.no_grad()
 def by_triton(z: Tensor, upstream: Tensor, *, kernel: tile_kernels.TileKernel, product: str) -> tuple[Tensor, Tensor]:
-    from simclr_ddp import triton_log_sums
+    from simclr_ddp.losses import triton_log_sums
 
     before, triton_log_sums.PRODUCT = triton_log_sums.PRODUCT, product
     try:
-        problem = tiled.Problem(kernel, lambda a, b: a, 0, "fp32", None, "triton")
+        problem = tile_kernels.Problem(kernel, lambda a, b: a, 0, "fp32", None, "triton")
         sums = triton_log_sums.forward(z, z, problem)
         return sums, triton_log_sums.backward(z, z, sums, upstream, problem, True, False)[0]
     finally:
@@ -239,12 +244,12 @@ def by_triton(z: Tensor, upstream: Tensor, *, kernel: tile_kernels.TileKernel, p
 
 
 class Compiled:
-    """The symmetric tiles of `simclr_ddp.tiled`, each by a compiled function that holds all of its operations."""
+    """The symmetric tiles of `simclr_ddp.losses.tiled`, with one compiled function for all operations of a tile."""
 
     def __init__(self, kernel: tile_kernels.TileKernel, tile: int, mode: str | None) -> None:
         self.kernel, self.tile = kernel, tile
-        torch._dynamo.reset()  # or the many kernels and sizes exceed its limit of graphs
-        # One graph for each pair of lengths, of which there are few.
+        torch._dynamo.reset()  # otherwise the many kernels and sizes exceed its limit of graphs
+        # There is one graph for each pair of lengths, of which there are few.
         self.forward_tile = torch.compile(
             partial(_forward_tile, kernel=kernel), fullgraph=True, dynamic=False, mode=mode
         )
@@ -256,7 +261,7 @@ class Compiled:
     def __call__(self, z: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
         images = z.shape[1]
         with tiles_of(self.tile):
-            tiles = tiled.tiles(images, images, 0, True)
+            tiles = tiling.tiles(images, images, 0, True)
         flat, image = z.flatten(0, 1), torch.arange(2 * images, device=z.device) % images
         squares, weight = flat.square().sum(dim=1), upstream * self.kernel.scale
         sums = flat.new_full((2 * images,), -torch.inf)
@@ -285,7 +290,7 @@ class Compiled:
 
 
 def _log2_kernel(a: Any, b: Any, kernel: tile_kernels.TileKernel) -> tuple[Tensor, Tensor | None, Tensor]:
-    """log2 k, EXCLUDED for pairs of one image; its slope in the dot product; pairs of one image."""
+    """Return log2 k, EXCLUDED for pairs of one image; its slope in the dot product; and the mask of such pairs."""
     dot, same = a[0] @ b[0].mT, a[2][:, None] == b[2]
     if isinstance(kernel, tile_kernels.Cosine):
         return (dot * (kernel.scale * tile_kernels.LOG2_E)).masked_fill(same, tile_kernels.EXCLUDED), None, same
@@ -316,9 +321,9 @@ def _backward_tile(a: Any, b: Any, *, kernel: tile_kernels.TileKernel) -> tuple[
 
 
 def sweep(width: int, images: int, device: torch.device, note: Callable[[dict[str, Any]], None]) -> None:
-    """Minutes of compiling. Both kernels take the same blocks: the sum counts."""
-    from simclr_ddp import triton_log_sums
-    from simclr_ddp.triton_log_sums import Shape, Side
+    """Measure other blocks; this compiles for minutes. Both kernels use the same blocks, so their sum is compared."""
+    from simclr_ddp.losses import triton_log_sums
+    from simclr_ddp.losses.triton_log_sums import Shape, Side
 
     z, upstream = inputs(images, width, device)
     kernel = tile_kernel(Objective("cosine", TEMPERATURE))
@@ -341,8 +346,8 @@ def sweep(width: int, images: int, device: torch.device, note: Callable[[dict[st
             entry["passed"] = True
             print(f"{1e3 * seconds:10.3f} ms {shape}", flush=True)
         except Exception as error:  # too large for the device
-            entry |= {"passed": False, "failure": f"{type(error).__name__}: {str(error)[:500]}"}
-            print(f"    failed    {shape}: {str(error)[:100]}", flush=True)
+            entry |= {"passed": False, "failure": f"{type(error).__name__}: {one_line(error, 500)}"}
+            print(f"    failed    {shape}: {one_line(error, 100)}", flush=True)
         note(entry)
     for seconds, shape in sorted(found)[:3]:
         print(f"best: {1e3 * seconds:.3f} ms {shape}")

@@ -65,7 +65,7 @@ LOG=$OUT/$CALL.log
 export PYTHONUNBUFFERED=1
 export TORCHINDUCTOR_CACHE_DIR=$STATE/inductor # what one step has compiled, the next ones load
 
-GPU_TESTS=(tests/test_gpu.py tests/test_augmentations.py)
+GPU_TESTS=(tests/test_gpu.py tests/data/test_augmentations.py)
 CHOSEN="not (test_triton_equals_float64 and 0.2)"
 # Comparing takes a few seconds, most of them for importing torch.
 case $DEVICE in cpu) LAST=30 ;; *) LAST=10 ;; esac
@@ -255,7 +255,7 @@ case $CALL in
 esac
 timeout -k 5 $((SECONDS_LEFT - SECONDS > LAST ? SECONDS_LEFT - SECONDS : LAST)) \
   "$PYTHON" -m benchmarks.gpu.suite compare "$OUT" 2>&1 | tee "$OUT/$CALL.txt" | tee -a "$LOG"
-[ "$DEVICE" != cpu ] || say "a rehearsal at tiny size: its figures say nothing of a GPU"
+[ "$DEVICE" != cpu ] || say "a rehearsal at tiny size: its results say nothing about a GPU"
 say "$(printf '%s\n' "call $CALL on $DEVICE, $SECONDS s of $SECONDS_LEFT:" "${verdicts[@]}")"
 for verdict in "${verdicts[@]}"; do
   case $verdict in passed* | paused*) ;; *) exit 1 ;; esac

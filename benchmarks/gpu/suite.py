@@ -1,11 +1,11 @@
-"""What benchmarks/gpu/plan.sh needs in Python: `python -m benchmarks.gpu.suite COMMAND ARGUMENTS`
+"""The Python part of benchmarks/gpu/plan.sh: `python -m benchmarks.gpu.suite COMMAND ARGUMENTS`
 
-there OUT.json                       the GPU, the packages and the machine
-variants OUT.json CONFIG key=value   milliseconds of a training step as the config has it, and with one thing changed
-pace OUT CONFIG key=value            how long an epoch takes, compiled or not: a line for plan.sh
-started CHECKPOINT OUT               with which epochs and compile a run was started: arguments for plan.sh
-compare FOLDER                       the results in it beside benchmarks/gpu/predictions.json
-tiny TRAIN TEST                      two small .beton files in the form of CIFAR-10
+there OUT.json                       record the GPU, the packages and the machine
+variants OUT.json CONFIG key=value   measure milliseconds per training step, as configured and with one setting changed
+pace OUT CONFIG key=value            measure how long an epoch takes, compiled or not: a line for plan.sh
+started CHECKPOINT OUT               write with which epochs and compile a run was started: arguments for plan.sh
+compare FOLDER                       print the results in FOLDER next to benchmarks/gpu/predictions.json
+tiny TRAIN TEST                      write two small .beton files in the form of CIFAR-10
 """
 
 import json
@@ -25,13 +25,18 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from benchmarks.loops import Training, synchronize
-from benchmarks.step_report import share_of_peak
-from simclr_ddp import beton, checkpoint, cli, distributed
-from simclr_ddp.config import Pretrain
-from simclr_ddp.data import Dataset, open_dataset
-from simclr_ddp.run import make_plan
-from simclr_ddp.runtime import Runtime, describe, setup
+from benchmarks.support.loops import Loop, synchronize
+from benchmarks.support.step_report import share_of_peak
+from simclr_ddp.config import command as cli
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.data import beton
+from simclr_ddp.data.dataset import Dataset, open_dataset
+from simclr_ddp.distributed import rendezvous
+from simclr_ddp.distributed.runtime import Runtime, setup
+from simclr_ddp.runs import checkpoint
+from simclr_ddp.runs.provenance import describe
+from simclr_ddp.system.errors import one_line
+from simclr_ddp.training.plan import make_plan
 
 PREDICTIONS = Path(__file__).with_name("predictions.json")
 
@@ -76,11 +81,11 @@ def there(out: Path) -> None:
     print(json.dumps(found, indent=1))
 
 
-# --- the training step with one thing changed -------------------------------------------------------------------------
+# --- the training step with one setting changed -----------------------------------------------------------------------
 
 
 def variants(settings: Pretrain, out: Path) -> None:
-    """Each is measured alone, on a batch that is on the device; OUT.json is written after each."""
+    """Measure the variants one by one, on a batch that is on the device; write OUT.json after each."""
     runtime = setup(settings.device, settings.precision, settings.threads)
     dataset = open_dataset(
         settings.data.train, "train"
@@ -102,21 +107,23 @@ def variants(settings: Pretrain, out: Path) -> None:
                     "ms": 1e3
                     * seconds_of_a_step(changed, of, dataset, steps, channels_first=name == "channels-last off")
                 }
-            except RuntimeError as error:  # out of memory, or a compiler that fails: the others follow
-                figures[name] = {"failure": f"{type(error).__name__}: {str(error)[:500]}"}
+            except RuntimeError as error:  # out of memory, or the compiler fails: continue with the others
+                figures[name] = {"failure": f"{type(error).__name__}: {one_line(error, 500)}"}
             print(f"{name:<20} {figures[name]}", flush=True)
             record = {"precision": runtime.precision, "steps": steps, "environment": describe(runtime)}
             out.write_text(json.dumps(record | {"figures": figures}, indent=1) + "\n")
     finally:
-        distributed.stop()
+        rendezvous.stop()
 
 
 def pace(settings: Pretrain, out: Path) -> None:
-    """OUT holds four words of the faster way: compile=true or false, milliseconds of an epoch, seconds before its first
-    step, among them those of compiling, and the epochs of the config. It is written as soon as the first is measured.
+    """Write four words about the faster of compile=true and false to OUT, as soon as the first is measured.
+
+    They are: compile=true or false, milliseconds per epoch, seconds before its first step, including compilation, and
+    the epochs of the config.
     """
     runtime = setup(settings.device, settings.precision, settings.threads)
-    dataset = open_dataset(settings.data.train, "train")
+    dataset = open_dataset(settings.data.train, "train", settings.data.spirograph)
     steps, least = 30 if runtime.device.type == "cuda" else 2, float("inf")
     try:
         for compiled in (False, True) if settings.compile else (False,):
@@ -125,18 +132,18 @@ def pace(settings: Pretrain, out: Path) -> None:
                 seconds = seconds_of_a_step(
                     replace(settings, compile=compiled), runtime, dataset, steps, with_data=True
                 )
-            except Exception as error:  # compilers raise whatever they like
+            except Exception as error:  # compilers raise errors of any class
                 if not compiled:
                     raise
-                print(f"{word}: {type(error).__name__}: {str(error)[:500]}", flush=True)
+                print(f"{word}: {type(error).__name__}: {one_line(error, 500)}", flush=True)
                 continue
             before = time.perf_counter() - begin - steps * seconds
-            print(f"{word}: {1e3 * seconds:.2f} ms a step, {before:.0f} s before it", flush=True)
+            print(f"{word}: {1e3 * seconds:.2f} ms per step, {before:.0f} s before the first", flush=True)
             if seconds < least:
                 least, epoch = seconds, seconds * make_plan(settings, dataset).steps_per_epoch
                 out.write_text(f"{word} {max(1, round(1e3 * epoch))} {round(before)} {settings.optim.epochs}\n")
     finally:
-        distributed.stop()
+        rendezvous.stop()
 
 
 def seconds_of_a_step(
@@ -148,20 +155,20 @@ def seconds_of_a_step(
     channels_first: bool = False,
     with_data: bool = False,
 ) -> float:
-    """On one batch, or `with_data` on a new one each step."""
-    training = Training(settings, runtime, dataset, make_plan(settings, dataset))
+    """Measure seconds per step on one batch, or if `with_data` on a new batch in each step."""
+    loop = Loop(settings, runtime, dataset, make_plan(settings, dataset))
     if channels_first:
-        training.state.model.to(memory_format=torch.contiguous_format)
-        training.state.model.encoder.register_forward_pre_hook(_contiguous)
+        loop.state.model.to(memory_format=torch.contiguous_format)
+        loop.state.model.encoder.register_forward_pre_hook(_contiguous)
     warm = max(3, steps // 3)
-    with closing(training.batches(warm + steps if with_data else 1)) as batches:
+    with closing(loop.batches(warm + steps if with_data else 1)) as batches:
         here: Any = batches if with_data else repeat(next(batches))
         for _ in range(warm):
-            training.step(here)
+            loop.step(here)
         synchronize(runtime.device)
         begin = time.perf_counter()
         for _ in range(steps):
-            training.step(here)
+            loop.step(here)
         synchronize(runtime.device)
         return (time.perf_counter() - begin) / steps
 
@@ -174,7 +181,7 @@ def _contiguous(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[to
 
 
 def compare(folder: Path) -> str:
-    """A line for each prediction: what was predicted, the goal, and what was measured, if anything was."""
+    """Format one line per prediction: the prediction, the goal, and the measurement, if there is one."""
     found = measured(folder)
     lines = [f"{'':<58}{'predicted':>16}{'goal':>10}{'measured':>12}"]
     for key, entry in json.loads(PREDICTIONS.read_text()).items():
@@ -191,7 +198,7 @@ def compare(folder: Path) -> str:
 
 
 def measured(folder: Path) -> dict[str, float]:
-    """The figures of the predictions, by their keys, of the result files that are in the folder."""
+    """Read the metrics that are predicted, by their keys, from the result files in the folder."""
     found: dict[str, float] = {}
     for config in ("cifar", "imagenet"):
         for run in _read(folder / f"step-{config}.json").get("runs", []):
@@ -214,20 +221,21 @@ def measured(folder: Path) -> dict[str, float]:
 
 
 def _of_a_run(path: Path) -> dict[str, float]:
-    """Of the training, and of the evaluation where there is one.
+    """Read the metrics of the training, and of the evaluation if there is one.
 
-    Seconds of 200 epochs are the wall time of the last start's loop from its first step to its last, compiling, the
-    probe's scores and checkpoints included, scaled by its epochs: of a run of one start and 200 epochs, its own.
+    "Seconds of 200 epochs" is the wall time of the last start's loop from its first to its last step, including
+    compilation, the probe's scores and checkpoints, scaled from its epochs to 200.
     """
     with tarfile.open(path) as archive:
         texts = {
             name: file.read().decode()
-            for name in ("./config.yaml", "./linear_eval.json", "./metrics.jsonl")
-            if name in archive.getnames() and (file := archive.extractfile(name)) is not None
+            for name in archive.getnames()
+            if name in ("./config.yaml", "./linear_eval.json", "./metrics.jsonl") or name.startswith("./evaluations/")
+            if (file := archive.extractfile(name)) is not None
         }
     found: dict[str, float] = {}
-    evaluation = json.loads(texts.get("./linear_eval.json", "{}"))
     lines = [json.loads(line) for line in texts.get("./metrics.jsonl", "").splitlines() if line.endswith("}")]
+    records = [json.loads(text) for name, text in texts.items() if name.endswith(".json")]
     config: Any = OmegaConf.to_container(OmegaConf.create(texts["./config.yaml"]))
     name = config["name"]
     if lines:
@@ -235,10 +243,12 @@ def _of_a_run(path: Path) -> dict[str, float]:
         begun = config["starts"][-1]["step"] * last["epoch"] / last["step"]
         found[f"{name} images/s"] = median(line["images_per_second"] for line in lines)
         found[f"{name} epochs"] = last["epoch"]
-        if last["epoch"] > begun:  # else that start has logged nothing yet
+        if last["epoch"] > begun:  # otherwise that start has logged nothing yet
             found[f"{name} seconds of 200 epochs"] = 200 * last["seconds"] / (last["epoch"] - begun)
-    if evaluation:
-        found[f"{name} linear %"] = 100 * evaluation["results"]["trained"]["top1"]
+    step = lines[-1]["step"] if lines else None
+    for record in records:
+        if record.get("step", step) == step and record.get("test", {}).get("split") != "train":
+            found[f"{name} linear %"] = 100 * record["results"]["trained"]["top1"]
     return found
 
 
@@ -247,7 +257,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def tiny(path: Path, count: int) -> None:
-    """Random 32 x 32 pictures of ten classes, each of another colour."""
+    """Write random 32 x 32 pictures of ten classes, each in another colour."""
     generator = np.random.default_rng(count)
     samples = []
     for i in range(count):

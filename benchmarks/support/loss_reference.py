@@ -1,4 +1,4 @@
-"""What the losses of `benchmarks.loss` are in float64: the whole of it, or of a large batch a part of its gradient."""
+"""Float64 references for `benchmarks.loss`: value and gradient, for large batches only some rows of the gradient."""
 
 import math
 import time
@@ -7,19 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.loss_tools import KERNELS
+from benchmarks.support.loss_tools import KERNELS
 from simclr_ddp import KernelInfoNCE
-from simclr_ddp.losses import Objective, _halves, _log_kernels, _pairwise, contrastive_loss, log_kernel, normalize
-from simclr_ddp.p_distance import PDistance
+from simclr_ddp.losses.contrastive import contrastive_loss, log_kernels, normalize, pairwise, split_halves
+from simclr_ddp.losses.kernels import Objective, log_kernel
+from simclr_ddp.losses.p_norm import PDistance
 
-WHOLE = 16384  # images up to which there is the whole gradient
-SAMPLE = 128  # images whose rows of the gradient there are for more
-LONGEST = 1800.0  # seconds beyond which there is nothing
-BLOCK = 1024  # rows, columns of a block of pairs
+COMPLETE = 16384  # most images for which the complete gradient is computed
+SAMPLE = 128  # number of images whose gradient rows are computed for larger batches
+LONGEST = 1800.0  # seconds above which no reference is computed
+BLOCK = 1024  # rows and columns of a block of pairs
 
 
 class Reference(NamedTuple):
-    """The value, and rows [n, D] of the gradient [2N, D]: all, or those at the positions `rows`."""
+    """The loss, and rows [n, D] of its gradient [2N, D]: all, or those at the positions `rows`."""
 
     value: float
     gradient: Tensor
@@ -27,13 +28,13 @@ class Reference(NamedTuple):
 
 
 def reference(kernel: str, y_a: Tensor, y_b: Tensor) -> Reference | None:
-    """Of one process with the whole batch; None where it would take too long.
+    """Compute the reference of one process with the complete batch; None if it would take too long.
 
-    By tiles, which the tests hold to the definition. Beyond WHOLE by the definition, block by block: the value from
-    all anchors, then, with their normalisers, the gradient of images drawn at random.
+    Up to COMPLETE images it uses tiles, which tests compare with the definition. Beyond, it uses the definition, block
+    by block: the value from all anchors, then, with their normalisers, the gradient of randomly drawn images.
     """
     objective, y = KernelInfoNCE(**KERNELS[kernel]).objective, torch.stack([y_a, y_b]).double()
-    if len(y_a) > WHOLE and objective.kernel != "spectral":  # which goes through no pairs
+    if len(y_a) > COMPLETE and objective.kernel != "spectral":  # spectral does not compute pairs
         return _sampled(y, objective)
     y.requires_grad_()
     z = _normalized(y, objective)
@@ -48,14 +49,14 @@ def _sampled(y: Tensor, objective: Objective) -> Reference | None:
         return None
     normalisers, positives = norms
     chosen = torch.randperm(images, generator=torch.Generator().manual_seed(1))[:SAMPLE].sort().values
-    everything = _in_parts(_normalized(y, objective), objective)
+    everything = _in_halves(_normalized(y, objective), objective)
     gradients = []
     for image in chosen.tolist():
         own = y[:, image : image + 1].clone().requires_grad_()
-        positive, negatives = _log_kernels(
-            _in_parts(_normalized(own, objective), objective), everything, image, log_kernel(objective)
+        positive, negatives = log_kernels(
+            _in_halves(_normalized(own, objective), objective), everything, image, log_kernel(objective)
         )
-        # As a row and as a column: exp(log k - log of the sum of the other's row) counts for both of a pair.
+        # The image counts as a row and as a column: exp(log k - log of the row's sum), for both rows of a pair.
         as_row = (negatives - normalisers[:, image, None]).exp() + (negatives - normalisers.flatten()).exp()
         both = (positive - normalisers[:, image]).exp() + (positive - normalisers[:, image].flip(0)).exp() - 2
         pairs = (as_row.detach() * negatives.masked_fill(negatives == -math.inf, 0)).sum()
@@ -67,9 +68,9 @@ def _sampled(y: Tensor, objective: Objective) -> Reference | None:
 
 @torch.no_grad()
 def _all_normalisers(y: Tensor, objective: Objective) -> tuple[Tensor, Tensor] | None:
-    """Log of the sum of k over each anchor's positive and negatives, and log k of its positive: [2, N] each."""
-    z, kernel = _in_parts(_normalized(y, objective), objective), log_kernel(objective)
-    positives = _pairwise(kernel, *z.unbind(-3)).repeat(2)
+    """Return the log of the sum of k over each anchor's positive and negatives, and log k of its positive, [2, N]."""
+    z, kernel = _in_halves(_normalized(y, objective), objective), log_kernel(objective)
+    positives = pairwise(kernel, *z.unbind(-3)).repeat(2)
     image = torch.arange(y.shape[1]).repeat(2)
     found, begin = positives.clone(), time.perf_counter()
     blocks = [
@@ -79,7 +80,7 @@ def _all_normalisers(y: Tensor, objective: Objective) -> tuple[Tensor, Tensor] |
     for done, (total, (rows, row_squares, row_image)) in enumerate(zip(found.split(BLOCK), blocks, strict=True), 1):
         for columns, column_squares, column_image in blocks:
             if isinstance(kernel, PDistance):
-                log_k = kernel.of_all(rows, columns)
+                log_k = kernel.between(rows, columns)
             else:
                 dot = rows @ columns.mT
                 squares = row_squares[..., :, None] + column_squares[..., None, :]
@@ -95,5 +96,5 @@ def _normalized(y: Tensor, objective: Objective) -> Tensor:
     return normalize(y, objective.squared_radius, objective.norm_p)
 
 
-def _in_parts(z: Tensor, objective: Objective) -> Tensor:
-    return _halves(z) if objective.kernel == "concat_sum" else z
+def _in_halves(z: Tensor, objective: Objective) -> Tensor:
+    return split_halves(z) if objective.kernel == "concat_sum" else z

@@ -1,10 +1,10 @@
-"""The results of `benchmarks.loss` as a table, a JSON file and a figure; medians over repeats, with quartiles."""
+"""Write the results of `benchmarks.loss` as a table, a JSON file and a plot: medians over repeats, with quartiles."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.step_report import counted
+from benchmarks.support.step_report import counted
 
 
 def header() -> str:
@@ -36,7 +36,7 @@ def rank_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _errors(row: dict[str, Any]) -> str:
-    """Of the loss and of the gradient, with "of 256" where it is of so many of its rows."""
+    """Format the errors of loss and gradient, with "of 256" if only 256 rows of the gradient were compared."""
     loss, gradient = (f"{e:.1e}" if e is not None else "none" for e in (row["loss_error"], row["gradient_error"]))
     if 0 < row["gradient_rows"] < 2 * row["images"]:
         gradient += f" of {row['gradient_rows']}"
@@ -44,12 +44,12 @@ def _errors(row: dict[str, Any]) -> str:
 
 
 def _times(row: dict[str, Any]) -> str:
-    low, middle, high = (1e3 * s for s in row["seconds"])
-    return f"{middle:>10.1f} {f'{low:.1f} - {high:.1f}':>20}"
+    low, median, high = (1e3 * s for s in row["seconds"])
+    return f"{median:>10.1f} {f'{low:.1f} - {high:.1f}':>20}"
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """FOLDER/cpu.json and .png"""
+    """Write FOLDER/cpu.json and cpu.png."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cpu.json").write_text(json.dumps(results, indent=1) + "\n")
     if any("seconds" in row for row in results["rows"]):
@@ -57,7 +57,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Time and memory against N for each loss, one row of axes a width; dotted, what the products alone would take."""
+    """Plot time and memory against N for each loss, one row of axes per width; dotted is the time of products alone."""
     import matplotlib
 
     matplotlib.use("Agg")

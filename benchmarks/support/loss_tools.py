@@ -1,4 +1,4 @@
-"""The losses that `benchmarks.loss` compares, by name, and how much work ours is."""
+"""The losses that `benchmarks.loss` compares, by name, and the number of operations and bytes of ours."""
 
 import math
 import sys
@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.peers import FOLDER
-from benchmarks.rows_only import RowsOnly
-from simclr_ddp import KernelInfoNCE, distributed, tiled
-from simclr_ddp.losses import tile_kernel
+from benchmarks.support.peers import FOLDER
+from benchmarks.support.rows_only import RowsOnly
+from simclr_ddp import KernelInfoNCE
+from simclr_ddp.distributed import collectives
+from simclr_ddp.losses import tiled, tiling
+from simclr_ddp.losses.kernels import tile_kernel
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -42,13 +44,13 @@ PEERS = {
     "Kernel-InfoNCE 1": "laplacian",
 }
 PACKAGES = {"lightly": "lightly", "metric learning": "pytorch-metric-learning"}
-COMPARED = OURS | PEERS  # {name: the kernel whose loss it is}
-# Bytes a pair, as `peak_memory` measured them at 2,048 images of 128 numbers.
+COMPARED = OURS | PEERS  # {name of a loss: name of its kernel}
+# Bytes per pair, as `peak_memory` measured them at 2,048 images of 128 numbers.
 PEAK = {"plain": 14, "lightly": 19, "solo-learn": 18, "Kernel-InfoNCE 2": 21, "Kernel-InfoNCE 1": 21}
 
 
 def make(name: str) -> Loss:
-    """The loss of two views' raw projections [n, d], over all ranks where it is ours, `rows only` or lightly's."""
+    """Build the loss of two views' raw projections [n, d]; ours, `rows only` and lightly's work over all ranks."""
     if name in OURS:
         return KernelInfoNCE(**KERNELS[OURS[name]], precision="bf16" if name.endswith("bf16") else "fp32")
     others: dict[str, Callable[[], Loss]] = {
@@ -64,16 +66,16 @@ def make(name: str) -> Loss:
 
 
 def missing(name: str) -> bool:
-    """Whether it is of a package that is not here."""
+    """Return whether the loss needs a package that is not installed."""
     if FOLDER.is_dir() and str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
     return name in PACKAGES and find_spec(PACKAGES[name].replace("-", "_")) is None
 
 
-def whole_bytes(name: str, images: int) -> int:
-    """Of the matrices that a loss holds at once, about: of 2N x 2N pairs, or of every positive with every negative.
+def matrix_bytes(name: str, images: int) -> int:
+    """Estimate the bytes of the matrices that a loss holds at once.
 
-    The latter is `metric learning`. Ours, and `rows only`, have none.
+    They contain 2N x 2N pairs, in `metric learning` each positive with each negative; ours and `rows only` have none.
     """
     if name in OURS or name == "rows only":
         return 0
@@ -92,14 +94,14 @@ def package_versions() -> dict[str, str | None]:
 
 
 def plain(y_a: Tensor, y_b: Tensor) -> Tensor:
-    """Cross-entropy over the matrix of all similarities, its diagonal masked."""
+    """Compute the cross-entropy over the matrix of all similarities, with its diagonal masked."""
     z = F.normalize(torch.cat([y_a, y_b]), dim=1)
     logits = (z @ z.T / TEMPERATURE).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf)
     return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(y_a)))
 
 
 def solo_learn(y_a: Tensor, y_b: Tensor) -> Tensor:
-    """Its formula: exponentials without a shift, positives and negatives told apart by masks over sample numbers."""
+    """Compute solo-learn's formula: exponentials without a shift, and masks of positives and negatives."""
     z = F.normalize(torch.cat([y_a, y_b]), dim=1)
     similarities = torch.exp(z @ z.T / TEMPERATURE)
     number = torch.arange(len(y_a), device=z.device).repeat(2)
@@ -110,7 +112,7 @@ def solo_learn(y_a: Tensor, y_b: Tensor) -> Tensor:
 
 
 def kernel_infonce(gamma: float, temperature: float) -> Loss:
-    """Its formula: the kernels themselves and their row sums, without logarithms (arXiv 2303.15103's code)."""
+    """Build Kernel-InfoNCE's formula: kernels and their row sums, without logarithms (code of arXiv 2303.15103)."""
 
     def loss(y_a: Tensor, y_b: Tensor) -> Tensor:
         z = F.normalize(torch.cat([y_a, y_b]), dim=1)
@@ -125,7 +127,7 @@ def kernel_infonce(gamma: float, temperature: float) -> Loss:
 def _lightly() -> Loss:
     from lightly.loss import NTXentLoss
 
-    return NTXentLoss(TEMPERATURE, gather_distributed=distributed.world_size() > 1)
+    return NTXentLoss(TEMPERATURE, gather_distributed=collectives.world_size() > 1)
 
 
 def _metric_learning() -> Loss:
@@ -139,11 +141,11 @@ def _metric_learning() -> Loss:
 
 
 def work(name: str, images: int, width: int) -> tuple[int, int] | None:
-    """(operations of the matrix products, bytes between memory and cache) of one forward and backward pass of ours.
+    """Count (operations of matrix products, bytes between memory and cache) of one forward and backward pass of ours.
 
-    An addition or multiplication is one operation. Of bytes those are counted that no cache of a few tiles can save:
-    each tile's vectors once a pass, the gradient's rows read and written, and tiles that are kept. None for losses
-    that are not ours and for those in which products are not the work.
+    An addition or multiplication is one operation. Only bytes are counted that no cache of a few tiles can avoid: each
+    tile's vectors once per pass, the gradient's rows read and written, and tiles that are kept. Returns None for other
+    tools' losses and for those whose time is not spent on products.
     """
     if name not in OURS:
         return None
@@ -152,20 +154,20 @@ def work(name: str, images: int, width: int) -> tuple[int, int] | None:
         return 6 * 2 * rows * width**2, 4 * (6 * rows * width + 6 * width**2)
     loss = make(name)
     assert isinstance(loss, KernelInfoNCE)
-    tiles = tiled.tiles(images, images, 0, True)
+    tiles = tiling.tiles(images, images, 0, True)
     areas = [(t.rows.stop - t.rows.start) * (t.columns.stop - t.columns.start) for t in tiles]
     edges = [(t.rows.stop - t.rows.start) + (t.columns.stop - t.columns.start) for t in tiles]
     kernel = tile_kernel(loss.objective)
     if kernel.of_vectors:
         return None
-    kept = kernel.keeps and kernel.largest(1.0) <= tiled.SAFE and 4 * sum(areas) <= tiled.KEPT
+    kept = kernel.keeps and kernel.largest(1.0) <= tiled.SAFE and 4 * sum(areas) <= tiling.KEPT
     gradient = sum(area * (1 + tile.mirrored) for area, tile in zip(areas, tiles, strict=True))
     operations = 2 * width * (sum(areas) * (1 if kept else 2) + gradient)
     return operations, 4 * (width * sum(edges) * 4 + 2 * sum(areas) * kept)
 
 
 def busiest_share(images: int, ranks: int) -> float:
-    """Of all pairs that the ranks compute, those of the rank that has most, counted in its tiles."""
-    shares = [tiled.tiles(images, images, 0, True, index, ranks) for index in range(ranks)]
+    """Return the share of all computed pairs that falls on the busiest rank, counted in its tiles."""
+    shares = [tiling.tiles(images, images, 0, True, index, ranks) for index in range(ranks)]
     pairs = [sum((t.rows.stop - t.rows.start) * (t.columns.stop - t.columns.start) for t in s) for s in shares]
     return max(pairs) / sum(pairs)

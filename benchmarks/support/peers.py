@@ -1,8 +1,8 @@
-"""The same model, batch and precision, trained by a plain PyTorch loop and by one of lightly's parts.
+"""A plain PyTorch loop and a loop of lightly's parts that train the same model, with the same batch and precision.
 
-Both read the images one by one in the processes of a torch DataLoader, cut and colour them there with Pillow, and
-take torch's batch norm: SyncBatchNorm on several GPUs, on several CPU ranks one for each rank, which torch has no
-synchronised one for.
+Both read the images one by one in the processes of a torch DataLoader and augment them there with Pillow. They use
+torch's batch norm: SyncBatchNorm on several GPUs; on several CPU ranks it is local to each rank, because torch has no
+synchronised one for CPUs.
 """
 
 import copy
@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed.nn
 import torch.nn.functional as F
@@ -21,21 +22,22 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
-from simclr_ddp import distributed, spirograph
-from simclr_ddp.config import Pretrain
-from simclr_ddp.data import Dataset
-from simclr_ddp.distributed import CrossRankBatchNorm
-from simclr_ddp.info_nce import KernelInfoNCE
-from simclr_ddp.runtime import Runtime
-from simclr_ddp.state import State
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.data import spirograph
+from simclr_ddp.data.dataset import Dataset
+from simclr_ddp.distributed import collectives
+from simclr_ddp.distributed.batch_norm import CrossRankBatchNorm
+from simclr_ddp.distributed.runtime import Runtime
+from simclr_ddp.losses.kernel_info_nce import KernelInfoNCE
+from simclr_ddp.training.state import State
 
-FOLDER = Path(__file__).parent.parent / ".peers"
-Pictures = tuple[Callable[[int], Image.Image], int]  # i -> image i, and how many there are
+FOLDER = Path(__file__).parents[2] / ".peers"
+Pictures = tuple[Callable[[int], Image.Image], int]  # i -> image i, and the number of images
 RATE = 0.03  # learning rate per 256 images of plain SGD and AdamW / 100, low enough for any start
 
 
 def lightly_version() -> str | None:
-    """None where lightly can't be imported; .peers is searched last, so that it replaces nothing."""
+    """Return lightly's version, None if it can't be imported; .peers is searched last, so that it replaces nothing."""
     if FOLDER.is_dir() and str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
     try:
@@ -63,13 +65,13 @@ class Peer:
         self.optimizer = make_optimizer(model)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.model: nn.Module = model
-        if distributed.world_size() > 1:
+        if collectives.world_size() > 1:
             devices = [runtime.device.index] if runtime.device.type == "cuda" else None
             self.model = nn.parallel.DistributedDataParallel(model, device_ids=devices)
-        sampler: Any = DistributedSampler(views) if distributed.world_size() > 1 else None
+        sampler: Any = DistributedSampler(views) if collectives.world_size() > 1 else None
         self.loader: DataLoader = DataLoader(
             views,
-            batch_size=settings.optim.global_batch_size // distributed.world_size(),
+            batch_size=settings.optim.global_batch_size // collectives.world_size(),
             sampler=sampler,
             shuffle=sampler is None,
             num_workers=settings.data.workers,
@@ -78,13 +80,13 @@ class Peer:
         )
 
     def batches(self) -> Generator[list[Tensor], None, None]:
-        """Float views [B, 3, H, W], two a batch, without end."""
+        """Yield batches without end, each of two float views [B, 3, H, W]."""
         while True:
             yield from self.loader
 
     def step(self, batches: Generator[list[Tensor], None, None]) -> None:
         before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)  # our promise, and not free on a GPU
+        torch.use_deterministic_algorithms(False)  # only our loop promises determinism, which costs time on a GPU
         views = torch.stack([view.to(self.runtime.device, non_blocking=True) for view in next(batches)])
         with self.runtime.autocast():
             y = self.model(views.to(self.runtime.dtype)).y.to(self.runtime.dtype)
@@ -97,7 +99,7 @@ class Peer:
 
 
 def plain_loop(settings: Pretrain, runtime: Runtime, pictures: Pictures, state: State) -> Peer:
-    """torchvision's transforms, NT-Xent by cross-entropy, and torch's SGD (AdamW where the settings say so)."""
+    """Build a loop of torchvision's transforms, NT-Xent as cross-entropy, and torch's SGD (AdamW if set)."""
     optim = settings.optim
     rate = RATE * optim.global_batch_size / 256
 
@@ -111,7 +113,7 @@ def plain_loop(settings: Pretrain, runtime: Runtime, pictures: Pictures, state: 
 
 
 def lightly_loop(settings: Pretrain, runtime: Runtime, pictures: Pictures, state: State, peak_rate: float) -> Peer:
-    """lightly's SimCLRTransform, NTXentLoss and, where the settings say LARS, its LARS at the peak rate."""
+    """Build a loop of lightly's SimCLRTransform, NTXentLoss and, for optim.name=lars, its LARS at the peak rate."""
     from lightly.transforms import SimCLRTransform
     from lightly.utils.lars import LARS
 
@@ -133,7 +135,7 @@ def lightly_loop(settings: Pretrain, runtime: Runtime, pictures: Pictures, state
         if optim.name == "sgd":
             return torch.optim.SGD(model.parameters(), peak_rate, optim.momentum, weight_decay=optim.weight_decay)
         weights = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]  # which its LARS leaves alone at a decay of 0
+        others = [p for p in model.parameters() if p.ndim <= 1]  # with a decay of 0 its LARS does not adapt them
         groups = [{"params": weights, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
         return LARS(groups, peak_rate, optim.momentum, trust_coefficient=optim.trust_coefficient)
 
@@ -143,15 +145,15 @@ def lightly_loop(settings: Pretrain, runtime: Runtime, pictures: Pictures, state
 def lightly_loss(settings: Pretrain) -> Callable[[Tensor, Tensor], Tensor]:
     from lightly.loss import NTXentLoss
 
-    return NTXentLoss(settings.loss.temperature, gather_distributed=distributed.world_size() > 1)
+    return NTXentLoss(settings.loss.temperature, gather_distributed=collectives.world_size() > 1)
 
 
 def plain_loss(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """NT-Xent as it is usually written: cross-entropy over the matrix of all pairs, its diagonal masked."""
+    """Build NT-Xent as it is usually written: cross-entropy over the matrix of all pairs, with its diagonal masked."""
 
     def loss(y_a: Tensor, y_b: Tensor) -> Tensor:
         z_a, z_b = F.normalize(y_a), F.normalize(y_b)
-        if distributed.world_size() > 1:
+        if collectives.world_size() > 1:
             z_a, z_b = (torch.cat(torch.distributed.nn.functional.all_gather(z)) for z in (z_a, z_b))
         z = torch.cat((z_a, z_b))
         diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -162,34 +164,36 @@ def plain_loss(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def check_loss(name: str, loss: Callable[[Tensor, Tensor], Tensor], objective: KernelInfoNCE, runtime: Runtime) -> str:
-    """The mean over ranks of a loss of random projections is ours to 1e-5, or ValueError; one sentence."""
-    generator = torch.Generator().manual_seed(distributed.rank())
+    """Check that a loss of random projections, as a mean over ranks, equals ours to 1e-5; return a message.
+
+    All ranks end if it does not.
+    """
+    generator = torch.Generator().manual_seed(collectives.rank())
     y = torch.randn(2, 64, 16, generator=generator)
     y[1] = y[0] + 0.5 * y[1]
     y = y.to(runtime.device)
     values = torch.stack([loss(y[0], y[1]), objective(y[0], y[1])])
-    theirs, ours = (distributed.all_sum(values) / distributed.world_size()).tolist()
+    theirs, ours = (collectives.all_reduce_sum(values) / collectives.world_size()).tolist()
     if not abs(theirs - ours) <= 1e-5 * max(1.0, abs(ours)):
-        distributed.fail_together(
-            f"the loss of {name} is {theirs:.6f} where ours is {ours:.6f}: two trainings are not compared that "
-            "minimise different things"
+        collectives.fail_together(
+            f"the loss of {name} is {theirs:.6f} where ours is {ours:.6f}: trainings that minimise different losses "
+            "can't be compared"
         )
-    return f"the loss of {name} is ours: {theirs:.6f}, {ours:.6f}"
+    return f"the loss of {name} equals ours: {theirs:.6f}, {ours:.6f}"
 
 
 def read_pictures(dataset: Dataset) -> Callable[[int], Image.Image]:
-    """i -> image i: that of the .beton file, or the generated one, all of which are drawn beforehand."""
-    if dataset.images is not None:
-        return dataset.images.jpeg
-    assert dataset.numbers is not None
-    chunks = torch.from_numpy(dataset.numbers).split(500)
+    """Return a function i -> image i, from the .beton file or from generated images, which are all rendered now."""
+    if dataset.stored:
+        return dataset.file.jpeg
+    chunks = torch.from_numpy(dataset.numbers_of(np.arange(dataset.count))).split(500)
     drawn = [spirograph.render(c).mul(255).round().byte().permute(0, 2, 3, 1) for c in chunks]
     pixels = torch.cat(drawn).numpy()
     return lambda i: Image.fromarray(pixels[i])
 
 
 class Views(TorchDataset):
-    """Two views of each of `count` pictures."""
+    """A data set of two views of each of `count` pictures."""
 
     def __init__(self, picture: Callable[[int], Image.Image], count: int, transform: Callable[..., Any]) -> None:
         self.picture, self.count, self.transform = picture, count, transform
@@ -202,7 +206,7 @@ class Views(TorchDataset):
 
 
 def torchvision_transform(settings: Pretrain) -> v2.Compose:
-    """PIL image -> one float view [3, H, W], by the settings' augmentation."""
+    """Build the settings' augmentation: PIL image -> one float view [3, H, W]."""
     a, size = settings.data.augmentation, settings.data.size
     s, blur, solarize = a.strength, sum(a.blur) / 2, sum(a.solarize) / 2
     kernel = 2 * (size // 10 // 2) + 1
@@ -226,7 +230,7 @@ def two_of(transform: Callable[[Image.Image], Tensor]) -> Callable[[Image.Image]
 
 
 def with_torch_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of a SimCLR model, without its probe, whose batch norms are torch's."""
+    """Return a copy of a SimCLR model without its probe, with torch's batch norms."""
     model = copy.deepcopy(model)
     model.probe = None  # type: ignore[assignment]
     for part, kind in ((model.encoder, nn.BatchNorm2d), (model.projection_head, nn.BatchNorm1d)):
@@ -238,6 +242,6 @@ def with_torch_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
                     if norm.bias is None:
                         plain.register_parameter("bias", None)
                     setattr(parent, name, plain)
-    if device.type == "cuda" and distributed.world_size() > 1:
+    if device.type == "cuda" and collectives.world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model

@@ -1,8 +1,8 @@
-"""The cosine loss as `simclr_ddp.tiled` could do it: each rank takes its own rows against all columns, and no more.
+"""An alternative to `simclr_ddp.losses.tiled` for the cosine loss: each rank computes its rows against all columns.
 
-No pair serves its row and its column, so there are three products of 2B x 2N pairs in place of two, and twice the
-exponentials; in return ranks send each other 4N numbers, and no
-gradient [2N, D] is added up over ranks. Here to be compared.
+A pair is not used for its row and its column, so there are three products of 2B x 2N pairs instead of two, and twice
+the exponentials; in return the ranks exchange 4N numbers, and no gradient [2N, D] is summed over ranks. It exists only
+for comparison.
 """
 
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simclr_ddp import distributed, tiled
-from simclr_ddp.losses import normalize
-from simclr_ddp.tile_kernels import EXCLUDED, LOG2_E, fill_own
+from simclr_ddp.distributed import collectives
+from simclr_ddp.losses import tiled, tiling
+from simclr_ddp.losses.contrastive import normalize
+from simclr_ddp.losses.tile_kernels import EXCLUDED, LOG2_E, fill_own
 
 
 class RowsOnly(nn.Module):
-    """As `KernelInfoNCE` with the cosine, for temperatures at which no exponential of float32 overflows."""
+    """The loss of `KernelInfoNCE` with the cosine, for temperatures at which no exponential of float32 overflows."""
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
@@ -24,8 +25,8 @@ class RowsOnly(nn.Module):
 
     def forward(self, y_a: Tensor, y_b: Tensor) -> Tensor:
         z = normalize(torch.stack([y_a, y_b]))
-        z_all = torch.cat(distributed.of_all(z), dim=1)
-        first = distributed.own_slice(z_all.shape[1]).start
+        z_all = torch.cat(collectives.all_gather(z), dim=1)
+        first = collectives.local_slice(z_all.shape[1]).start
         positive = (self.scale * (z[0] * z[1]).sum(-1)).repeat(2)
         excess = _RowSums.apply(z, z_all, first, self.scale) - positive
         return torch.logaddexp(excess, torch.zeros_like(excess)).mean()
@@ -35,8 +36,8 @@ class _RowSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, z_all: Tensor, first: int, scale: float) -> Tensor:
         rows, columns = z.flatten(0, 1), z_all.flatten(0, 1)
-        tiles, sums = tiled.tiles(z.shape[1], z_all.shape[1], first, False), rows.new_zeros(len(rows))
-        with tiled.buffers.lent(tiled.TILE**2, z) as buffer:
+        tiles, sums = tiling.tiles(z.shape[1], z_all.shape[1], first, False), rows.new_zeros(len(rows))
+        with tiled.buffers.lent(tiling.TILE**2, z) as buffer:
             for tile in tiles:
                 sums[tile.rows] += _kernel(rows, columns, tile, scale, buffer).sum(1)
         ctx.save_for_backward(z, z_all, sums)
@@ -47,10 +48,10 @@ class _RowSums(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         z, z_all, sums = ctx.saved_tensors
         own = ctx.scale * gradients[0] / sums
-        every = torch.cat(distributed.of_all(own.view(2, -1)), dim=1).flatten()
+        every = torch.cat(collectives.all_gather(own.view(2, -1)), dim=1).flatten()
         rows, columns = z.flatten(0, 1), z_all.flatten(0, 1)
         found = torch.zeros_like(rows)
-        with tiled.buffers.lent(2 * tiled.TILE**2, z) as buffer:
+        with tiled.buffers.lent(2 * tiling.TILE**2, z) as buffer:
             for tile in ctx.tiles:
                 k = _kernel(rows, columns, tile, ctx.scale, buffer[: len(buffer) // 2])
                 s = torch.mul(k, own[tile.rows, None], out=buffer[len(buffer) // 2 :][: k.numel()].view(k.shape))
@@ -58,7 +59,7 @@ class _RowSums(torch.autograd.Function):
         return found.view(z.shape), None, None, None
 
 
-def _kernel(rows: Tensor, columns: Tensor, tile: tiled.Tile, scale: float, buffer: Tensor) -> Tensor:
+def _kernel(rows: Tensor, columns: Tensor, tile: tiling.Tile, scale: float, buffer: Tensor) -> Tensor:
     a, b = rows[tile.rows], columns[tile.columns]
     out = buffer[: len(a) * len(b)].view(len(a), len(b))
     torch.addmm(out, a, b.T, beta=0, alpha=scale * LOG2_E, out=out)

@@ -1,4 +1,4 @@
-"""The results of `benchmarks.step` as a table, a JSON file and a figure; medians over rounds, with quartiles."""
+"""Write the results of `benchmarks.step` as a table, a JSON file and a plot: medians over rounds, with quartiles."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks.loops import PARTS
+from benchmarks.support.loops import PARTS
 
 CEILING = "model only"
 
@@ -16,7 +16,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
-    """(lower quartile, median, upper quartile)"""
+    """Return (lower quartile, median, upper quartile)."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = quantiles(values, n=4, method="inclusive")
@@ -24,7 +24,7 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def shares(run: dict[str, Any], name: str) -> list[float]:
-    """Of each round, the part of the model-only throughput that a variant reaches."""
+    """Return, for each round, the share of the model-only throughput that a variant reaches."""
     seconds = run["seconds_per_step"]
     return [c / s for c, s in zip(seconds[CEILING], seconds[name], strict=True)]
 
@@ -34,7 +34,7 @@ def median_parts(run: dict[str, Any]) -> dict[str, float]:
 
 
 def summary(run: dict[str, Any]) -> dict[str, Any]:
-    """The figures of the table, each as [lower quartile, median, upper quartile]."""
+    """Return the numbers of the table, each as [lower quartile, median, upper quartile]."""
     n = run["global_batch_size"]
     variants = {}
     for name, seconds in run["seconds_per_step"].items():
@@ -50,7 +50,7 @@ def summary(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def share_of_peak(run: dict[str, Any]) -> float | None:
-    """The model's operations a second in the whole step (with data, where it was measured) as a share of the peak."""
+    """Return the model's operations per second, in a complete step with data if measured, as a share of the peak."""
     work, seconds = run["work"], run["seconds_per_step"]
     if work["peak_rate"] is None:
         return None
@@ -63,36 +63,36 @@ def table(results: dict[str, Any]) -> str:
     n = first["global_batch_size"]
     lines = [
         "",
-        f"{results['settings']['name']}: {n} images, {2 * n} views a step; {environment['precision']} on "
+        f"{results['settings']['name']}: {n} images, {2 * n} views per step; {environment['precision']} on "
         f"{environment['gpu'] or environment['processor']} ({environment['cores']} cores), torch "
         f"{environment['packages']['torch']}, commit {environment['git_commit']}",
-        f"median and quartiles of {first['rounds']} rounds of {first['steps_per_round']} steps each, all in turns",
+        f"median and quartiles of {first['rounds']} rounds of {first['steps_per_round']} steps each, alternating",
     ]
     for run in results["runs"]:
-        figures, parts = summary(run), median_parts(run)
+        numbers, parts = summary(run), median_parts(run)
         ranks, threads = run["ranks"], run["environment"]["threads"]
         lines += [
             "",
             f"{counted(ranks, 'rank')} x {counted(n // ranks, 'image')}, {counted(threads, 'thread')} and "
-            f"{counted(run['workers_per_rank'], 'decoding worker')} a rank",
+            f"{counted(run['workers_per_rank'], 'decoding worker')} per rank",
             f"  {'':<12}{'ms/step':>9}{'quartiles':>20}{'images/s':>11}{'views/s':>11}{'of model only':>16}"
             f"{'quartiles':>16}",
         ]
-        for name, f in figures["variants"].items():
+        for name, f in numbers["variants"].items():
             low, middle, high = (1e3 * s for s in f["seconds_per_step"])
             share = f["share_of_model_only"]
             lines.append(
                 f"  {name:<12}{middle:>9.1f}{f'{low:.1f} - {high:.1f}':>20}{f['images_per_second'][1]:>11.1f}"
                 f"{f['views_per_second'][1]:>11.1f}{share[1]:>16.3f}{f'{share[0]:.3f} - {share[2]:.3f}':>16}"
             )
-        name = "data" if "data" in figures["variants"] else "synthetic"
-        total, whole = figures["parts_sum_seconds"], figures["variants"][name]["seconds_per_step"][1]
-        lines.append(f"  parts of a step ({name}) in ms, from an instrumented pass of its own:")
+        name = "data" if "data" in numbers["variants"] else "synthetic"
+        total, step = numbers["parts_sum_seconds"], numbers["variants"][name]["seconds_per_step"][1]
+        lines.append(f"  parts of a step ({name}) in ms, from a separate instrumented pass:")
         lines.append("    " + "".join(f"{part:>14}" for part in PARTS) + f"{'sum':>10}")
         lines.append("    " + "".join(f"{1e3 * parts[part]:>14.2f}" for part in PARTS) + f"{1e3 * total:>10.1f}")
-        lines.append(f"    the sum is {total / whole:.3f} of the uninstrumented step above")
+        lines.append(f"    the sum is {total / step:.3f} of the uninstrumented step above")
         memory = ", ".join(f"{b / 2**20:.0f}" for b in run["peak_memory_bytes"])
-        lines.append(f"  peak memory a rank: {memory} MiB ({_memory_of(run)}, with our training alone in it)")
+        lines.append(f"  peak memory per rank: {memory} MiB ({_memory_of(run)}, of our training alone)")
         lines.append(f"  {_work_of(run)}")
         lines += [f"  {line}" for line in [*run["checks"], *run["notes"]]]
     return "\n".join([*lines, ""])
@@ -100,9 +100,9 @@ def table(results: dict[str, Any]) -> str:
 
 def _work_of(run: dict[str, Any]) -> str:
     work, share = run["work"], share_of_peak(run)
-    text = f"work a rank: {work['model_operations'] / 1e9:.1f} GFLOP in convolutions and products of the model"
+    text = f"work per rank: {work['model_operations'] / 1e9:.1f} GFLOP in convolutions and products of the model"
     if share is not None:
-        text += f", {share:.1%} of the {work['peak_rate'] / 1e12:.0f} TFLOP/s that the GPU's maker gives"
+        text += f", {share:.1%} of the {work['peak_rate'] / 1e12:.0f} TFLOP/s that the GPU's maker states"
     if work["launches"]:
         text += "; " + ", ".join(f"{number:.0f} {kind}" for kind, number in work["launches"].items())
     return text
@@ -113,25 +113,25 @@ def _memory_of(run: dict[str, Any]) -> str:
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """FOLDER/<config name>-<device>.json and .png"""
+    """Write FOLDER/<config name>-<device>.json and .png."""
     path = save(results, folder)
     draw(results, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png').name}")
 
 
 def save(results: dict[str, Any], folder: Path) -> Path:
-    """The JSON file alone."""
+    """Write only the JSON file, and return its path."""
     environment = results["runs"][0]["environment"]
     device = re.sub(r"\W+", "_", environment["gpu"] or "cpu").strip("_").lower()
     path = folder / f"{results['settings']['name']}-{device}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    whole = results | {"runs": [run | {"summary": summary(run)} for run in results["runs"]]}
-    path.write_text(json.dumps(whole, indent=1) + "\n")
+    complete = results | {"runs": [run | {"summary": summary(run)} for run in results["runs"]]}
+    path.write_text(json.dumps(complete, indent=1) + "\n")
     return path
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """For each number of ranks the parts of a step, stacked, and beside them the whole steps of all variants."""
+    """Plot, for each number of ranks, the parts of a step as a stacked bar, and the complete steps of all variants."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -157,7 +157,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.set_xticks(range(len(labels)), labels, fontsize=8)
         axis.set_title(counted(run["ranks"], "rank"), fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel(f"ms a step of {runs[0]['global_batch_size']} images")
+    axes[0][0].set_ylabel(f"ms per step of {runs[0]['global_batch_size']} images")
     handles, labels = axes[0][0].get_legend_handles_labels()
     axes[0][-1].legend(handles[::-1], labels[::-1], fontsize=8, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
     environment = runs[0]["environment"]

@@ -1,4 +1,4 @@
-"""How much work a training step is: operations of the model, launches on the GPU, and waits of the host for it."""
+"""Count the work of a training step: operations of the model, launches on the GPU, and waits of the host."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -9,12 +9,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.loops import Ceiling, synchronize
-from simclr_ddp.config import Pretrain
-from simclr_ddp.data import Dataset
-from simclr_ddp.runtime import Runtime
+from benchmarks.support.loops import Ceiling, synchronize
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.data.dataset import Dataset
+from simclr_ddp.distributed.runtime import Runtime
 
-# The makers' dense rates, operations a second: (part of the GPU's name, precision).
+# The makers' dense rates in operations per second, by (part of the GPU's name, precision).
 PEAK = {
     ("H200", "bf16"): 989e12,
     ("H200", "fp16"): 989e12,
@@ -25,7 +25,7 @@ PEAK = {
     ("A100", "bf16"): 312e12,
     ("A100", "fp32"): 19.5e12,
 }
-# The CUDA calls by which the host starts work, and those by which it waits.
+# The CUDA calls with which the host starts work, and those with which it waits.
 CALLS = {
     "kernels": ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx"),
     "graphs": ("cudaGraphLaunch",),
@@ -35,9 +35,9 @@ CALLS = {
 
 
 def operations(settings: Pretrain, runtime: Runtime, dataset: Dataset) -> int:
-    """Of this rank's convolutions and matrix products in one forward and backward pass of the model, uncompiled.
+    """Count the operations of this rank's convolutions and matrix products in a forward and backward pass, uncompiled.
 
-    A multiplication and an addition are two. The loss and the augmentation are not in it.
+    A multiplication and an addition count as two. The loss and the augmentation are not included.
     """
     ceiling = Ceiling(replace(settings, compile=False), runtime, dataset)
     with FlopCounterMode(display=False) as counter:
@@ -46,7 +46,7 @@ def operations(settings: Pretrain, runtime: Runtime, dataset: Dataset) -> int:
 
 
 def launches(step: Callable[[], None], steps: int, device: torch.device) -> dict[str, float]:
-    """Calls of each kind in CALLS for one step, a mean over some; {} without a GPU."""
+    """Return the calls of each kind in CALLS per step, a mean over `steps`; {} without a GPU."""
     if device.type != "cuda":
         return {}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -62,5 +62,5 @@ def count(events: Iterable[Any], steps: int) -> dict[str, float]:
 
 
 def peak_rate(gpu: str | None, precision: str) -> float | None:
-    """Operations a second that the GPU's maker gives, if known here."""
+    """Return the operations per second that the GPU's maker states; None if the GPU is not in PEAK."""
     return next((rate for (name, of), rate in PEAK.items() if of == precision and name in (gpu or "")), None)
