@@ -28,12 +28,12 @@ from pathlib import Path
 
 import torch
 
-from tests import processes
 from tests.conftest import write_images
-from tests.test_resume import assert_equal_bits
+from tests.support import processes
+from tests.support.tiny_run import assert_equal_bits
 
 EVERY = 4  # steps between checkpoints
-PATIENCE = 5.0  # seconds a rank after which ranks that stand still are given up; they share the cores
+PATIENCE = 10.0  # seconds a rank after which ranks that stand still are given up; they share the cores
 
 
 class Run:
@@ -74,7 +74,7 @@ class Run:
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def wait_for_step(self, step: int, limit: float = 120) -> bool:
+    def wait_for_step(self, step: int, limit: float = 240) -> bool:
         """Whether that step came; False if the run ended before."""
         end = time.monotonic() + limit
         while self.running() and time.monotonic() < end:
@@ -85,7 +85,7 @@ class Run:
             raise AssertionError(f"no step {step} within {limit:.0f} s: it hangs\n{self.told()}")
         return self.step() >= step
 
-    def wait_for_end(self, limit: float = 60) -> int:
+    def wait_for_end(self, limit: float = 240) -> int:
         """Until every process of it has gone by itself; its exit status."""
         assert self.process is not None
         end = time.monotonic() + limit
@@ -94,7 +94,7 @@ class Run:
                 raise AssertionError(f"it did not end within {limit:.0f} s\n{self.told()}")
             time.sleep(0.05)
         told = self.told()
-        frames = [line for line in told.splitlines() if line.startswith('  File "') and "/simclr_ddp/" in line]
+        frames = [line for line in told.splitlines() if line.startswith(f'  File "{processes.ROOT}/simclr_ddp/')]
         assert not frames, f"a traceback, not a line:\n{told}"
         self.output += told
         self.seen = max(self.seen, self.step())
@@ -166,7 +166,7 @@ def stop_for_good(run: Run) -> bool:
 
 
 def fill_the_disk(run: Run) -> bool:
-    """For a few saves; training goes on and warns. Only of a file system of its own."""
+    """Fill the disk for a few saves; training continues and warns. Needs a file system of its own."""
     if not run.own_disk:
         return False
     with contextlib.suppress(OSError), run.filler.open("wb", buffering=0) as file:
@@ -303,12 +303,12 @@ def disturb(run: Run, faults: int, steps: int) -> dict[str, object]:
     }
 
 
-def wait_for_resume(run: Run, limit: float = 120) -> int:
-    """The step that a start goes on from; 0 if it found no checkpoint."""
+def wait_for_resume(run: Run, limit: float = 240) -> int:
+    """Return the step that a start resumes from; 0 if it found no checkpoint."""
     end = time.monotonic() + limit
     while run.running() and time.monotonic() < end:
         told = run.told()
-        found = re.search(r"going on from \S+step-(\d+)\.pt", told)
+        found = re.search(r"resuming from \S+step-(\d+)\.pt", told)
         if found:
             return int(found.group(1))
         if "weights: random" in told:
@@ -336,7 +336,7 @@ def compare(run_dir: Path, unbroken: Path, steps: int) -> dict[str, object]:
 
 
 def make_images(folder: Path) -> Path:
-    from simclr_ddp.write_dataset import write_dataset
+    from simclr_ddp.data.write import write_dataset
 
     write_dataset(str(write_images(folder / "images", 64)), folder / "images.beton")
     return folder / "images.beton"

@@ -5,11 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
-from tests.ranks import Ranks
+from simclr_ddp.data.batches import usable_loader
+from simclr_ddp.system import console
+from tests.support.ranks import Ranks
 
 os.environ.setdefault("WANDB_MODE", "offline")
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side share the cores
+    torch.set_num_threads(1)
+
+# The same examples every time, and no file of failures that workers would share.
+settings.register_profile("the same", derandomize=True, database=None, deadline=None)
+settings.load_profile("the same")
 
 
 @pytest.fixture(scope="session")
@@ -29,11 +38,18 @@ def _torch_as_found() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def _messages_are_shown() -> Iterator[None]:
+    """Also those of functions that a test calls itself; a library is silent."""
+    with console.shown():
+        yield
+
+
 @pytest.fixture(params=["torch", "ffcv", "device"])
 def loader(request: pytest.FixtureRequest) -> str:
     """A value of data.loader; each test that takes it runs on all."""
-    if request.param == "ffcv":
-        pytest.importorskip("ffcv", reason="FFCV is not installed: make setup builds it")
+    if request.param == "ffcv" and usable_loader("auto")[0] != "ffcv":
+        pytest.skip("FFCV is not installed: make setup builds it")
     return request.param
 
 
@@ -54,7 +70,7 @@ def write_images(folder: Path, count: int, size: int = 20, classes: int = 2, see
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A .beton file of 40 small labelled JPEG images in two classes."""
-    from simclr_ddp.write_dataset import write_dataset
+    from simclr_ddp.data.write import write_dataset
 
     folder = tmp_path_factory.mktemp("images")
     write_dataset(str(write_images(folder / "train", 40)), folder / "train.beton")

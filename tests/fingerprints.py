@@ -1,8 +1,11 @@
 """The bits that training computes: `python -m tests.fingerprints OUT.json`
 
 Runs a dozen configurations of `simclr_ddp.pretrain` for 20 steps each, as real processes, and writes a hash of all
-parameters and buffers of each. Run before and after a change that must change no number, on one machine: the files
-must be equal. Between machines, or versions of torch, they need not be.
+parameters and buffers of each, with the commit, the packages and the processor that computed them. Run before and
+after a change that must change no number, on one machine: `parameters` must be equal. Between machines, or versions of
+torch, they need not be; processors that differ in AVX-512 alone agree under
+
+    DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m tests.fingerprints OUT.json
 """
 
 import hashlib
@@ -13,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from simclr_ddp.write_dataset import write_dataset
-from tests import processes
+from simclr_ddp.config.options import read_yaml
+from simclr_ddp.data.write import write_dataset
 from tests.conftest import write_images
+from tests.support import processes
 
 COMMON = (
     *("device=cpu", "threads=1", "data.size=16", "data.workers=1", "data.loader=torch", "model.width=0.125"),
@@ -58,8 +62,15 @@ def fingerprint(run_dir: Path) -> str:
     return found.hexdigest()[:16]
 
 
+def environment(run_dir: Path) -> dict[str, object]:
+    """What computed the run, as its own record says, without what differs from case to case."""
+    (start,) = read_yaml(run_dir / "config.yaml")["starts"]
+    kept = ("git_commit", "python", "packages", "processor", "cores", "threads")
+    return {key: start[key] for key in kept} | {"instructions": torch.backends.cpu.get_cpu_capability()}
+
+
 def main(out: Path) -> None:
-    results = {}
+    results, computed_by = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "train.beton"
         write_dataset(str(write_images(Path(folder) / "train", 40)), data)
@@ -69,8 +80,10 @@ def main(out: Path) -> None:
             status, output = processes.run("simclr_ddp.pretrain", *options, ranks=ranks)
             assert status == 0, output
             results[name] = fingerprint(run_dir)
+            computed_by = computed_by or environment(run_dir)
             print(f"{results[name]}  {name}", flush=True)
-    out.write_text(json.dumps({"torch": torch.__version__, "parameters": results}, indent=1) + "\n")
+    record = {"command": f"python -m tests.fingerprints {out}", "torch": torch.__version__}
+    out.write_text(json.dumps(record | computed_by | {"parameters": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

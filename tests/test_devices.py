@@ -11,16 +11,27 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from simclr_ddp import doctor, linear_eval, pretrain, spirograph
-from simclr_ddp.config import LinearEval, Pretrain, build
-from simclr_ddp.data import VIEWS, Dataset
-from simclr_ddp.draws import uniforms, view_uniforms
-from simclr_ddp.metrics import read_metrics
-from simclr_ddp.representations import Spec, random_encoder, representations
-from simclr_ddp.runtime import Runtime, setup
-from simclr_ddp.state import State
-from simclr_ddp.step import forward_backward
-from tests.test_resume import STEPS, assert_same_run, final_state, settings
+from simclr_ddp import pretrain
+from simclr_ddp.config.options import build
+from simclr_ddp.config.schema import LinearEval, Pretrain
+from simclr_ddp.data import spirograph
+from simclr_ddp.data.batches import VIEWS, Batch
+from simclr_ddp.data.dataset import Dataset
+from simclr_ddp.data.draws import uniforms, view_uniforms
+from simclr_ddp.distributed.runtime import Runtime, setup
+from simclr_ddp.evaluation import linear
+from simclr_ddp.evaluation.features import representations
+from simclr_ddp.runs.encoder import Spec, random_encoder
+from simclr_ddp.runs.metrics import read_metrics
+from simclr_ddp.training import components, forecast
+from simclr_ddp.training.state import State
+from simclr_ddp.training.step import forward_backward
+from tests.support.tiny_run import (
+    STEPS,
+    assert_same_run,
+    final_state,
+    settings,
+)
 
 
 def on(device: str, images: Path, run_dir: Path, *more: str) -> list[str]:
@@ -50,7 +61,7 @@ def ten_steps(
     The steps lie in one epoch, at whose end the online probe is scored, and before the twentieth, at which the guard of
     the learning rate reads what it has gathered.
     """
-    batches_of, seen = pretrain.make_batches, []
+    batches_of, seen = components.make_batches, []
 
     def batches(*arguments: Any) -> Iterator[Any]:
         with contextlib.closing(batches_of(*arguments)) as given, contextlib.ExitStack() as stack:
@@ -63,7 +74,7 @@ def ten_steps(
                     seen.append(step)
                 yield batch
 
-    monkeypatch.setattr(pretrain, "make_batches", batches)
+    monkeypatch.setattr(components, "make_batches", batches)
     steps = ("optim.global_batch_size=3", "optim.steps=13", "checkpoint.every_steps=0", "data.workers=0")
     assert pretrain.main([*on(device, images, run_dir, *steps, "data.loader=torch"), *more, "--debug"]) == 0
     assert len(read_metrics(run_dir / "metrics.jsonl")) == 13
@@ -151,9 +162,9 @@ def linear_figures(device: str, precision: str = "fp32") -> tuple[Tensor, float]
     encoder = random_encoder(spec, 0)
     options: dict[str, Any] = {"batch_size": 128, "workers": 0, "loader": "torch", "title": "test"}
     x, x_test = (representations(encoder, part, spec, runtime, **options).to(device) for part in (train, test))
-    fitted = linear_eval.fit(x, train, linear_eval.held_out(wanted, train), wanted, "random")
+    fitted = linear.fit(x, train, linear.held_out(wanted, train), wanted, "random")
     solution = torch.cat([fitted.solution.weight, fitted.solution.bias[None]]).cpu()
-    return solution, linear_eval.judge(fitted, x_test, test)["top1"]
+    return solution, linear.score(fitted, x_test, test)[0]["top1"]
 
 
 def assert_linear_figures_agree(one: tuple[Tensor, float], other: tuple[Tensor, float]) -> None:
@@ -180,16 +191,16 @@ def predicted_and_taken(device: str, **given: Any) -> tuple[float, float]:
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
     state = State(wanted, runtime, dataset)
-    augment, objective = pretrain.make_augmentation(wanted, dataset, runtime), pretrain.make_objective(wanted)
+    augment, objective = components.make_augmentation(wanted, dataset, runtime), components.make_objective(wanted)
     views = torch.randint(0, 256, (VIEWS, n, 3, size, size), dtype=torch.uint8, device=device)
     sample = torch.arange(n, device=device)
     for _ in range(3):
-        batch = pretrain.Batch(views, sample, sample % 10)
+        batch = Batch(views, sample, sample % 10)
         loss, _ = forward_backward(state.model, state, runtime, objective, augment, batch, 0)
         state.step(skip=~loss.isfinite())
     taken = torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
-    activations = doctor.activation_bytes(wanted, wanted.precision in ("bf16", "fp16"))
-    return VIEWS * n * activations + 2 * doctor.checkpoint_bytes(wanted) + doctor.loss_bytes(wanted, 1), taken
+    activations = forecast.activation_bytes(wanted, wanted.precision in ("bf16", "fp16"))
+    return VIEWS * n * activations + 2 * forecast.checkpoint_bytes(wanted) + forecast.loss_bytes(wanted, 1), taken
 
 
 def test_memory_is_predicted_at_all() -> None:
@@ -221,10 +232,10 @@ class Broken(Exception):
 
 
 def assert_the_other_loader_resumes(device: str, first: str, images: Path, folder: Path) -> None:
-    """A run that breaks in step 9, after the checkpoint of step 5, and goes on with the other loader, is bitwise that
+    """A run that breaks in step 9, after the checkpoint of step 5, and resumes with the other loader, is bitwise that
     which was never broken."""
     other = {"torch": "ffcv", "ffcv": "torch"}[first]
-    batches_of = pretrain.make_batches
+    batches_of = components.make_batches
 
     def broken(*arguments: Any) -> Iterator[Any]:
         with contextlib.closing(batches_of(*arguments)) as batches:
@@ -236,7 +247,7 @@ def assert_the_other_loader_resumes(device: str, first: str, images: Path, folde
     options = ("data.workers=0", "precision=fp32")
     assert pretrain.main(on(device, images, folder / "unbroken", *options, f"data.loader={first}")) == 0
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Broken):
-        patch.setattr(pretrain, "make_batches", broken)
+        patch.setattr(components, "make_batches", broken)
         pretrain.main([*on(device, images, folder / "broken", *options, f"data.loader={first}"), "--debug"])
     assert not (folder / "broken" / "checkpoints" / f"step-{STEPS:08d}.pt").exists()
     assert pretrain.main(on(device, images, folder / "broken", *options, f"data.loader={other}")) == 0

@@ -10,12 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simclr_ddp import KernelInfoNCE, data, tile_kernels, tiled
-from simclr_ddp.distributed import CrossRankBatchNorm
-from simclr_ddp.losses import KERNELS, Objective, contrastive_loss, normalize, tile_kernel
-from simclr_ddp.optim import make_optimizer, set_learning_rate
-from tests import processes, test_checkpoint_stages, test_step
-from tests.ranks import Ranks
+from simclr_ddp import KernelInfoNCE
+from simclr_ddp.data.batches import Batch, Share, training_batches
+from simclr_ddp.data.dataset import open_dataset
+from simclr_ddp.distributed.batch_norm import CrossRankBatchNorm
+from simclr_ddp.losses import log_sums, tile_kernels
+from simclr_ddp.losses.contrastive import contrastive_loss, normalize
+from simclr_ddp.losses.kernels import KERNELS, Objective, tile_kernel
+from simclr_ddp.training.optim import make_optimizer, set_learning_rate
+from tests.models import test_checkpoint_stages
+from tests.support import processes
+from tests.support.objectives import MEMBERS, member
+from tests.support.ranks import Ranks
+from tests.support.tiny_run import assert_same_run, settings
 from tests.test_devices import (
     WAITING,
     assert_draws_are_numpys,
@@ -28,8 +35,7 @@ from tests.test_devices import (
     predicted_and_taken,
     ten_steps,
 )
-from tests.test_losses_fake_cuda import MEMBERS, member
-from tests.test_resume import assert_same_run, settings
+from tests.training import test_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,10 +64,10 @@ def test_killed_and_resumed_on_the_gpu_is_bitwise_equal(precision: str, images: 
 def test_batches_reach_a_busy_gpu_as_they_are(images: Path, loader: str) -> None:
     """Their copies wait behind other work while the next batches are decoded."""
 
-    def batches(device: str) -> Iterator[data.Batch]:
-        dataset, share = data.open_dataset(str(images), "train"), data.Share(0, 8, 0, 1)
+    def batches(device: str) -> Iterator[Batch]:
+        dataset, share = open_dataset(str(images), "train"), Share(0, 8, 0, 1)
         options = {"size": 16, "crop_scale": (0.2, 1.0), "workers": 2, "loader": loader}
-        return data.training_batches(dataset, share, range(50), device=torch.device(device), **options)
+        return training_batches(dataset, share, range(50), device=torch.device(device), **options)
 
     busy, found = torch.randn(4096, 4096, device="cuda"), []
     for batch in batches("cuda"):
@@ -213,20 +219,20 @@ def test_what_autotuning_chooses_changes_no_bit(
 ) -> None:
     """Or a resumed run, which is timed anew, would not be the unbroken one."""
     OutOfResources = pytest.importorskip("triton").OutOfResources
-    from simclr_ddp import triton_log_sums
-    from simclr_ddp.triton_log_sums import STAGES, Side
+    from simclr_ddp.losses import triton_log_sums
+    from simclr_ddp.losses.triton_log_sums import STAGES, Side
 
     z, of = embeddings(1000, width), tile_kernel(Objective(kernel, 0.2))
     assert triton_log_sums.usable(z, of)
     results = []
     for stages in (*STAGES, STAGES[-1]):
         monkeypatch.setattr(triton_log_sums, "STAGES", (stages,))
-        triton_log_sums._tuned.cache_clear()
+        triton_log_sums.tuned.cache_clear()
         with suppress(OutOfResources):  # autotuning leaves it out, too
             sums = triton_log_sums.log_sums(Side(z, 0), Side(z, 0), of)
             side = Side(z, 0, sums, torch.full_like(sums, 1e-3))
             results.append((sums, triton_log_sums.gradient(side, side, of, precision)))
-    triton_log_sums._tuned.cache_clear()
+    triton_log_sums.tuned.cache_clear()
     assert len(results) > 1
     for other in results[1:]:
         for got, expected in zip(other, results[0], strict=True):
@@ -236,11 +242,14 @@ def test_what_autotuning_chooses_changes_no_bit(
 def test_triton_does_not_wait_for_the_gpu() -> None:
     pytest.importorskip("triton")
     z = embeddings(300, 128)
-    leaf, problem = z.clone().requires_grad_(), tiled.Problem(tile_kernels.Cosine(5.0), max, 0, "fp32", None, "triton")
+    leaf, problem = (
+        z.clone().requires_grad_(),
+        tile_kernels.Problem(tile_kernels.Cosine(5.0), max, 0, "fp32", None, "triton"),
+    )
     for mode in ("default", "error"):  # the first call compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            torch.autograd.grad(tiled.log_sums(leaf, leaf, problem).mean(), leaf)
+            torch.autograd.grad(log_sums.log_sums(leaf, leaf, problem).mean(), leaf)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -279,11 +288,11 @@ def test_an_update_does_not_wait_for_the_gpu(name: str) -> None:
 
 def batch_norms() -> list[Tensor]:
     """On a GPU that two gloo ranks share: ours, and torch's over the whole batch on this rank alone."""
-    from simclr_ddp import distributed
+    from simclr_ddp.distributed import collectives
 
     torch.manual_seed(0)
     whole = torch.randn(8, 6, 4, 4, dtype=torch.float64, device="cuda") + 3
-    share = whole[distributed.own_slice(8)].clone().requires_grad_()
+    share = whole[collectives.local_slice(8)].clone().requires_grad_()
     ours, reference = CrossRankBatchNorm(6).cuda().double(), nn.BatchNorm2d(6).cuda().double()
     leaf = whole.clone().requires_grad_()
     out, expected = ours(share), reference(leaf)
@@ -292,8 +301,8 @@ def batch_norms() -> list[Tensor]:
     assert share.grad is not None and leaf.grad is not None
     assert ours.running_var is not None and reference.running_var is not None
     return [
-        (out - expected[distributed.own_slice(8)]).abs().max().cpu(),
-        (share.grad - leaf.grad[distributed.own_slice(8)]).abs().max().cpu(),
+        (out - expected[collectives.local_slice(8)]).abs().max().cpu(),
+        (share.grad - leaf.grad[collectives.local_slice(8)]).abs().max().cpu(),
         (ours.running_var - reference.running_var).abs().max().cpu(),
     ]
 
@@ -314,8 +323,9 @@ def simclr_gradients(device: str, precision: str, norm: str) -> dict[str, Tensor
 
     norm  `ours`, or `torch`: the same model with SyncBatchNorm
     """
-    from simclr_ddp import distributed
-    from simclr_ddp.model import Encoder, SimCLR, projection_head
+    from simclr_ddp.distributed import collectives
+    from simclr_ddp.models.resnet import Encoder
+    from simclr_ddp.models.simclr import SimCLR, projection_head
 
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False
@@ -327,7 +337,7 @@ def simclr_gradients(device: str, precision: str, norm: str) -> dict[str, Tensor
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if norm == "torch":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    views = torch.rand(2, 16, 3, 16, 16)[:, distributed.own_slice(16)].to(device)
+    views = torch.rand(2, 16, 3, 16, 16)[:, collectives.local_slice(16)].to(device)
     if precision == "fp64":
         model, views = model.double(), views.double()
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -338,7 +348,7 @@ def simclr_gradients(device: str, precision: str, norm: str) -> dict[str, Tensor
     found = {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if precision == "fp16":
         found = {name: value if name == "loss" else value / 1024 for name, value in found.items()}
-    averaged = {name: distributed.all_sum(v.clone()) / distributed.world_size() for name, v in found.items()}
+    averaged = {name: collectives.all_reduce_sum(v.clone()) / collectives.world_size() for name, v in found.items()}
     averaged |= {name: v.clone() for name, v in model.named_buffers() if "running" in name}
     return {name: value.cpu() for name, value in averaged.items()}
 
@@ -373,7 +383,7 @@ def test_simclr_on_two_ranks_is_that_on_one_on_the_gpu(precision: str, norm: str
 @pytest.mark.parametrize("temperature", [0.1, 0.005])
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_loss_does_not_wait_for_the_gpu(name: str, temperature: float) -> None:
-    """Nor do its gradient, of either sign, and its accuracy; tests/test_losses_fake_cuda.py asks without a GPU."""
+    """Nor do its gradient, of either sign, and its accuracy; tests/losses/test_fake_cuda.py asks without a GPU."""
     torch.manual_seed(0)
     y, objective = torch.randn(2, 300, 64, device="cuda", requires_grad=True), member(name, temperature)
     for mode in ("default", "error"):  # the first call loads libraries

@@ -1,5 +1,8 @@
 import json
 import shutil
+import sys
+import unicodedata
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +12,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from simclr_ddp import checkpoint, data, labelled, linear_eval
-from simclr_ddp.config import LinearEval
-from simclr_ddp.crops import resize_crop
-from simclr_ddp.data import Dataset, open_dataset
-from simclr_ddp.pretrain import encoder_metadata
-from simclr_ddp.representations import load_encoder, random_encoder, representations
-from simclr_ddp.run import read_settings
-from simclr_ddp.runtime import setup
-from simclr_ddp.spirograph import TARGETS
-from simclr_ddp.write_dataset import write_dataset
+from simclr_ddp import linear_eval
+from simclr_ddp.data import dataset as dataset_module
+from simclr_ddp.data.beton import sidecar
+from simclr_ddp.data.crops import resize_crop
+from simclr_ddp.data.dataset import Dataset, open_dataset
+from simclr_ddp.data.spirograph import TARGETS
+from simclr_ddp.data.write import write_dataset
+from simclr_ddp.distributed.runtime import setup
+from simclr_ddp.evaluation import linear
+from simclr_ddp.evaluation.features import representations
+from simclr_ddp.evaluation.labels import number_names, open_labelled
+from simclr_ddp.evaluation.table import table
+from simclr_ddp.runs import checkpoint, evaluations
+from simclr_ddp.runs.directory import read_settings
+from simclr_ddp.runs.encoder import encoder_metadata, load_encoder, random_encoder
+from simclr_ddp.system import console
 from tests.conftest import write_images
-from tests.ranks import Ranks
-from tests.test_parity import settings, train
+from tests.support import processes
+from tests.support.old_files import as_before, without_description
+from tests.support.parity_run import settings, train
+from tests.support.ranks import Ranks
 
 STEPS = 10
 
@@ -31,6 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, images: Path) -> dict[str, P
     """Small data sets: two classes of images to train and test on, three classes, Spirograph, and without labels."""
     folder = tmp_path_factory.mktemp("data")
     found = {"train": images}
+    (folder / "one" / "class1").mkdir(parents=True)  # a class without images
     for name, count, classes in (("test", 30, 2), ("three", 30, 3), ("one", 20, 1)):
         write_dataset(str(write_images(folder / name, count, classes=classes, seed=1)), folder / f"{name}.beton")
     write_dataset(str(folder / "one" / "class0"), folder / "unlabelled.beton")
@@ -57,7 +69,15 @@ def run(trained: Path, tmp_path: Path) -> Path:
 def evaluate(path: Path, *more: str) -> dict[str, Any]:
     quick = ("device=cpu", "threads=1", "workers=0", "--debug")
     assert linear_eval.main([str(path), *quick, *more]) == 0
-    return json.loads(((path if path.is_dir() else path.parent) / "linear_eval.json").read_text())
+    return newest(path)
+
+
+def newest(path: Path) -> dict[str, Any]:
+    """The record written last for a run, or for a file of one."""
+    places = [folder / "evaluations" for folder in (path, path.parent, path.parent.parent)]
+    written = [file for folder in places for file in folder.glob("*.json")]
+    found: dict[str, Any] = json.loads(max(written, key=lambda file: file.stat().st_mtime_ns).read_text())
+    return found
 
 
 def evaluate_on_ranks(path: Path, *more: str) -> None:
@@ -102,6 +122,12 @@ def test_a_run_is_evaluated_from_end_to_end(
     assert "trained encoder, train: 40 of 40 images" in printed and "images/s" in printed
     assert "random encoder: 45 of 45 strengths" in printed
     assert not list(run.glob(".*.tmp"))
+    per_image = evaluations.read_arrays(evaluations.read_all(run)[0][0].path)
+    labels = open_dataset(str(files["test"]), "test").labels
+    assert labels is not None
+    np.testing.assert_array_equal(per_image["labels"], labels)
+    assert (per_image["predictions"] == labels).mean() == result["top1"]
+    np.testing.assert_array_equal(per_image["ranks"] == 0, per_image["predictions"] == labels)
 
 
 def test_images_may_be_larger_than_the_views_of_training(run: Path) -> None:
@@ -165,8 +191,7 @@ def test_two_ranks_evaluate_as_one(run: Path, ranks: Ranks) -> None:
     records = []
     for world_size in (1, 2):
         ranks.run(world_size, evaluate_on_ranks, run, "precision=fp64")
-        records.append(json.loads((run / "linear_eval.json").read_text()))
-        (run / "linear_eval.json").unlink()
+        records.append(newest(run))
     one, two = records
     assert one["runtime"]["world_size"] == 1 and two["runtime"]["world_size"] == 2
     for name in ("trained", "random"):
@@ -187,22 +212,108 @@ def test_directory_checkpoint_and_exported_encoder_agree(
     last = run / "checkpoints" / f"step-{STEPS:08d}.pt"
     record = evaluate(last)
     assert record["step"] == STEPS and without_seconds(record["results"]) == figures
-    assert (last.parent / "linear_eval.json").exists()
+    assert not (last.parent / "evaluations").exists(), "a run has one folder of evaluations"
+    (only,) = run.glob("evaluations/*.json")  # equal weights, images and settings are one evaluation
+    assert only.name.startswith(f"step00000010.{record['hash'][:8]}-test.") and "-linear." in only.name
+    kept = only.read_bytes()
     early = evaluate(last.with_name("step-00000005.pt"), "random_encoder=false")
     assert early["step"] == 5 and set(early["results"]) == {"trained"}
     weights = [load_encoder(last.with_name(f"step-{step:08d}.pt")).encoder.conv1.weight for step in (5, STEPS)]
-    assert not torch.equal(*weights)
+    assert not torch.equal(*weights) and early["hash"] != record["hash"]
+    evaluate(run, "strengths=[1]", "random_encoder=false")
+    evaluate(run, f"test={files['train']}", "strengths=[1]", "random_encoder=false")
+    assert len(list(run.glob("evaluations/*.json"))) == 4 and only.read_bytes() == kept, "none replaces another"
 
     alone = Path(shutil.copy(run / "encoder.safetensors", tmp_path / "alone.safetensors"))
     given = evaluate(alone, f"train={files['train']}", f"test={files['test']}")
-    assert without_seconds(given["results"]) == figures and (tmp_path / "linear_eval.json").exists()
+    assert without_seconds(given["results"]) == figures and list(tmp_path.glob("evaluations/*.json"))
 
     # Without an exported encoder: the newest valid checkpoint; a damaged one stays where it is.
     (run / "encoder.safetensors").unlink()
     last.write_bytes(last.read_bytes()[:-100])
     capfd.readouterr()
     assert evaluate(run, "random_encoder=false")["step"] == 5
-    assert "going on with the one before" in capfd.readouterr().err and last.exists()
+    assert "using the previous checkpoint" in capfd.readouterr().err and last.exists()
+
+
+def test_results_have_another_place_and_are_printed_before_they_can_be_lost(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    quick = ("device=cpu", "threads=1", "workers=0", "strengths=[1]", "random_encoder=false")
+    assert linear_eval.main([str(run), *quick, f"output={tmp_path / 'results'}"]) == 0
+    assert len(list((tmp_path / "results").glob("evaluations/*.json"))) == 1 and not (run / "evaluations").exists()
+
+    (tmp_path / "file").touch()
+    capfd.readouterr()
+    assert linear_eval.main([str(run), *quick, f"output={tmp_path / 'file'}"]) == 2
+    out, err = capfd.readouterr()
+    assert "results can't be written" in err and "output=" in err and err.count("\n") == 1
+    assert "trained encoder" not in out, "this is known before anything is computed"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluations, "write", full)
+    assert linear_eval.main([str(run), *quick]) == 2
+    out, err = capfd.readouterr()
+    assert "test top-1" in out and "the results above are not written" in err and "output=" in err
+    assert not list(run.glob("evaluations/*"))
+    monkeypatch.undo()
+
+    def closed(text: str) -> None:
+        if "95 % interval" in text:
+            raise BrokenPipeError(32, "Broken pipe")  # as in `linear_eval RUN | head`
+
+    monkeypatch.setattr(console, "say", closed)
+    assert linear_eval.main([str(run), *quick]) == 2 and len(list(run.glob("evaluations/*.json"))) == 1
+
+
+def test_a_run_that_deletes_its_checkpoints_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with checkpoint.keep_last=1: a file may go before it is opened, or while it is read."""
+    (run / "encoder.safetensors").unlink()
+    listed, check, gone = checkpoint.all_steps, zipfile.ZipFile.testzip, run / "checkpoints/step-00000009.pt"
+    monkeypatch.setattr(checkpoint, "all_steps", lambda folder: [gone] if not seen else listed(folder))
+    seen: list[str] = []
+
+    class Watched(type(Path())):  # type: ignore[misc]
+        def exists(self) -> bool:
+            seen.append(str(self))
+            return super().exists()
+
+    gone = Watched(gone)
+
+    def deleted_meanwhile(archive: zipfile.ZipFile) -> str | None:
+        (run / f"checkpoints/step-{STEPS:08d}.pt").unlink()
+        return check(archive)
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", deleted_meanwhile)
+    assert load_encoder(run).step == STEPS and seen == [str(gone)]
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_hangs_ends_with_a_sentence(run: Path) -> None:
+    code = f"""
+import sys, time
+from simclr_ddp import linear_eval
+from simclr_ddp.distributed import watchdog
+from simclr_ddp.evaluation import features
+watchdog.PREPARING = 1
+features.evaluation_batches = lambda *_, **__: (time.sleep(1000) for _ in range(2))
+sys.exit(linear_eval.main(["{run}", "device=cpu", "timeout=3"]))
+"""
+    status, output = processes.finish(processes.start_command([sys.executable, "-c", code]))
+    last = output.splitlines()[-1]
+    assert (
+        status == 1 and last.startswith("error: nothing has moved for ") and "at step 0 (its first), its data" in last
+    )
+    assert last.endswith("timeout=... gives a step more time; start the command again")
+
+
+def test_test_images_may_lack_classes(run: Path, files: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    more = (f"train={files['three']}", f"test={files['test']}", "strengths=[1]", "random_encoder=false")
+    result = evaluate(run, *more)["results"]["trained"]
+    assert 0 <= result["mean_per_class"] <= 1
+    assert "(no test images of 1 of 3 classes, which count in no mean: class2)" in capfd.readouterr().out
 
 
 def test_spirograph_files_are_regressed(
@@ -223,16 +334,20 @@ def test_spirograph_files_are_regressed(
         tried = results[name]["validation"]
         assert results[name]["strength"] == min(tried, key=lambda t: t["mse"])["strength"]
     assert results["trained"]["mse"] < 0.9 * min(results[name]["mse"] for name in ("random", "predict_the_mean"))
+    (written,) = encoder.parent.glob("evaluations/*.json")
+    errors = evaluations.read_arrays(written)["squared_error"]
+    assert errors.shape == y_test.shape[:1] and errors.mean() == pytest.approx(results["trained"]["mse"])
     printed = capfd.readouterr().out
     assert "predict the mean" in printed and all(f"test MSE, {name}" in printed for name in TARGETS)
 
 
 def test_the_generated_set_is_regressed(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "SPIROGRAPH_IMAGES", {"train": 200, "test": 100})
+    monkeypatch.setattr(dataset_module, "SPIROGRAPH_IMAGES", {"train": 200, "test": 100})
     encoder = Path(shutil.copy(trained / "encoder.safetensors", tmp_path))
     record = evaluate(encoder, "train=spirograph", "test=spirograph", "random_encoder=false")
     assert record["train"] == {
         "source": "spirograph",
+        "split": "train",
         "fingerprint": "spirograph-train-200",
         "images": 200,
         "labels": "4 numbers",
@@ -254,12 +369,55 @@ def test_the_random_encoder_belongs_to_the_seed(run: Path) -> None:
     assert first["trained"]["gradient"] == third["trained"]["gradient"]  # one strength: no split, no seed
 
 
+def test_classes_are_compared_by_name(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Classes of the training set are caf\u00e9, dog, owl; test sets name them in other ways and lack some of them."""
+    named = {"class0": "cafe\u0301", "class1": "dog", "class2": "owl"}  # decomposed, as on a Mac
+    for split, seed in (("train", 0), ("test", 1)):
+        folder = write_images(tmp_path / split, 60, classes=3, seed=seed)
+        for old, new in named.items():
+            (folder / old).rename(folder / (new if split == "train" else unicodedata.normalize("NFC", new)))
+        write_dataset(str(folder), tmp_path / f"{split}.beton")
+    shutil.copytree(tmp_path / "train", tmp_path / "fewer")
+    shutil.rmtree(tmp_path / "fewer" / "dog")
+    (tmp_path / "fewer" / "a").mkdir()  # an unknown name without images harms nothing
+    write_dataset(str(tmp_path / "fewer"), tmp_path / "fewer.beton")
+    train, test, fewer = (tmp_path / f"{name}.beton" for name in ("train", "test", "fewer"))
+    loaded = load_encoder(run)
+    given = {"train": str(train), "test": str(test)}
+    names = ["caf\u00e9", "dog", "owl"]
+    for expected in (given, given | {"test": str(fewer)}):
+        sidecar(Path(expected["test"])).unlink()  # what is in the file counts
+        one, other, _ = open_labelled(expected, loaded)
+        raw = open_dataset(expected["test"], "test")
+        assert one.classes == other.classes == names and raw.classes is not None and raw.labels is not None
+        assert other.labels is not None
+        assert [names[i] for i in other.labels] == [raw.classes[i] for i in raw.labels]
+    assert open_dataset(str(fewer), "test").classes == ["a", "caf\u00e9", "owl"]
+    more = (f"train={train}", f"test={fewer}", "random_encoder=false", "strengths=[1e5]")
+    assert evaluate(run, *more)["results"]["trained"]["top1"] == 1, "it was fitted to these images"
+    assert capfd.readouterr().err == ""
+
+
+def test_a_file_without_names_is_evaluated_against_itself_only(run: Path, files: dict[str, Path]) -> None:
+    bare = shutil.copy(files["train"], run / "bare.beton")
+    bare.write_bytes(without_description(bare))
+    record = evaluate(run, f"train={bare}", f"test={bare}", "random_encoder=false", "strengths=[1]")
+    assert record["results"]["trained"]["top1"] > 0.7
+
+
 def test_the_test_images_choose_nothing(run: Path, files: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
     records = [evaluate(run, f"test={files[name]}") for name in ("test", "train")]
-    assert "the test images are the training images" in capfd.readouterr().err
+    assert "these are the training images" in capfd.readouterr().err
     one, two = (record["results"]["trained"] for record in records)
     assert one["validation"] == two["validation"] and one["strength"] == two["strength"]
     assert one["gradient"] == two["gradient"] and one["top1"] != two["top1"]
+    assert [record["test"]["split"] for record in records] == ["test", "train"]
+    # The images that the encoder was trained on, wherever they are now.
+    moved = Path(shutil.copy(files["train"], run / "moved.beton"))
+    shutil.copy(f"{files['train']}.json", f"{moved}.json")
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(files["train"]), "gone.beton"))
+    swapped = evaluate(run, f"train={files['test']}", f"test={moved}", "strengths=[1]", "random_encoder=false")
+    assert swapped["test"]["split"] == "train" and "training images of the run" in capfd.readouterr().err
 
 
 def toy(labels: np.ndarray, count: int = 80) -> tuple[Tensor, Dataset]:
@@ -270,8 +428,8 @@ def toy(labels: np.ndarray, count: int = 80) -> tuple[Tensor, Dataset]:
 
 def evaluate_toy(x: Tensor, train: Dataset, test: Dataset, **changed: Any) -> dict[str, Any]:
     torch.set_num_threads(1)
-    settings, held = LinearEval(run="", **changed), np.arange(80) < 20
-    return linear_eval.evaluate(x.clone(), x.clone(), train, test, held, settings, torch.device("cpu"), "trained")
+    protocol, held = linear.Protocol(**{"strengths": (), **changed}), np.arange(80) < 20
+    return linear.evaluate(x.clone(), x.clone(), train, test, held, protocol, torch.device("cpu"), "trained")[0]
 
 
 def test_labels_of_the_test_images_do_not_reach_the_choice() -> None:
@@ -297,21 +455,21 @@ def test_fits_that_stopped_early_and_the_end_of_the_path_are_said(run: Path, cap
     assert not record["results"]["trained"]["converged"]
     assert record["objective"] == "mean of cross-entropy over images + strength * |W|^2"
     said = capfd.readouterr().err
-    assert "L-BFGS stopped above tolerance=1e-09 in 3 of 3 fits, with that to all training images" in said
+    assert "L-BFGS did not reach tolerance=1e-09 in 3 of 3 fits, including the fit to all training images" in said
     end = {1e-2: "strongest", 1e-3: "weakest"}[record["results"]["trained"]["strength"]]
-    assert f"is the {end} penalty of those tried" in said
+    assert f"is the {end} penalty on the path" in said
 
 
 def test_six_classes_have_a_top5() -> None:
     labels = np.arange(12) % 6
     dataset = Dataset("here", 12, labels, [f"class {i}" for i in range(6)], "")
     ranks = torch.tensor([5] + [4] * 2 + [0] * 9)
-    figures = linear_eval.class_figures(ranks, torch.from_numpy(labels), 6)
+    metrics = linear.classification_metrics(ranks, torch.from_numpy(labels), 6)
     expected = {"top1": 9 / 12, "top5": 11 / 12, "mean_per_class": 9 / 12}  # two of each class
-    assert {k: figures[k] for k in expected} == pytest.approx(expected)
-    text = linear_eval.table({"trained": figures}, dataset, "C")
+    assert {k: metrics[k] for k in expected} == pytest.approx(expected)
+    text = table({"trained": metrics}, dataset, dataset, "C")
     assert ["test", "top-5", "91.67%"] in [line.split() for line in text.splitlines()] and "no top-5" not in text
-    assert linear_eval.class_figures(ranks.clamp_max(4), torch.from_numpy(labels), 5)["top5"] is None
+    assert linear.classification_metrics(ranks.clamp_max(4), torch.from_numpy(labels), 5)["top5"] is None
 
 
 def test_units_of_the_features_do_not_matter() -> None:
@@ -323,36 +481,51 @@ def test_units_of_the_features_do_not_matter() -> None:
 
 def test_names_of_the_numbers() -> None:
     numbers = np.zeros((3, 4), np.float32)
-    assert labelled.number_names(Dataset("spirograph", 3, numbers, None, "")) == list(TARGETS)
+    assert number_names(Dataset("spirograph", 3, numbers, None, "")) == list(TARGETS)
     other = Dataset("other", 3, numbers[:, :2], None, "")
-    assert labelled.number_names(other) == ["number 0", "number 1"]
+    assert number_names(other) == ["number 0", "number 1"]
 
 
 ERRORS = {
-    "no such run": (["{here}/nothing"], "there is no run {here}/nothing"),
-    "no encoder": (["{here}"], "{here} holds neither encoder.safetensors nor a valid checkpoint"),
-    "unlabelled": (["{run}", "train={unlabelled}"], "train={unlabelled} has no labels"),
-    "empty test": (["{run}/without_test.pt"], "data.test is empty in the settings of the run: test=FILE.beton"),
+    "no such run": (["{here}/nothing"], "{here}/nothing does not exist; give a run directory"),
+    "no encoder": (["{here}"], "{here} contains neither encoder.safetensors nor a valid checkpoint"),
+    "unlabelled": (["{run}", "train={unlabelled}"], "train={unlabelled}: has no labels"),
+    "empty test": (
+        ["{run}/without_test.pt"],
+        "data.test is empty in the settings of the run; give the test images as test=FILE.beton",
+    ),
     "unknown data": (["{here}/alone.safetensors"], "data.train is not known without the run's settings"),
-    "other classes": (["{run}", "test={three}"], "class 2 is missing in train={train} and class2 in test={three}"),
-    "unknown class": (["{run}", "test={bare}"], "test={bare} holds class 2, of which train={train} has no image"),
-    "one class": (["{run}", "train={one}", "test={one}"], "train={one} holds one class only"),
+    "other classes": (
+        ["{run}", "test={three}"],
+        "test={three}: train={train} has no class class2, only class0, class1; give test images of its classes",
+    ),
+    "no names": (["{run}", "test={bare}"], "test={bare}: holds no class names, so its classes can't be compared"),
+    "no names to train on": (["{run}", "train={bare}"], "train={bare}: holds no class names"),
+    "a name twice": (["{run}", "test={twice}"], "test={twice}: names class caf\u00e9 twice"),
+    "not trained on": (["{run}", "train={empty-class}", "test={three}"], "class 2 (class2) has no image in train="),
+    "one class": (["{run}", "train={one}", "test={one}"], "train={one}: has only one class"),
     "mixed kinds": (
         ["{run}", "test={spirograph-test}"],
-        "has classes for labels, but test={spirograph-test} has 4 num",
+        "its labels are classes, but those of test={spirograph-test} are 4 num",
     ),
-    "foreign .pt": (["{here}/foreign.pt"], "it is no training checkpoint: a checkpoint of a training run"),
-    "no settings": (["{here}/bare.pt"], "{here}/bare.pt holds no settings of a pretraining run"),
-    "foreign weights": (["{here}/foreign.safetensors"], "does not say how to build its encoder (KeyError 'mean')"),
+    "foreign .pt": (["{here}/foreign.pt"], "it is not a training checkpoint; give a checkpoint of a training run"),
+    "no settings": (["{here}/bare.pt"], "{here}/bare.pt contains no settings of a pretraining run"),
+    "foreign weights": (["{here}/foreign.safetensors"], "has no valid metadata of its encoder (KeyError 'mean')"),
     "no weights": (["{here}/broken.safetensors"], "broken.safetensors can't be read as safetensors"),
-    "other weights": (["{here}/wider.safetensors"], "does not hold a resnet18 x 0.125, as it says"),
-    "not finite": (["{here}/nan.safetensors", "train={train}", "test={test}"], "representations that are not finite"),
+    "other weights": (["{here}/wider.safetensors"], "does not contain the resnet18 x 0.125 of its metadata"),
+    "not finite": (
+        ["{here}/nan.safetensors", "train={train}", "test={test}"],
+        "representations of the trained encoder are not finite",
+    ),
     "no penalty": (
         ["{run}", "strengths=[0,1]"],
-        "strengths=[0.0, 1.0] with convention=C holds a penalty without bound",
+        "strengths=[0.0, 1.0]: with convention=C a strength of 0 is an unbounded penalty",
     ),
-    "no validation": (["{run}", "validation_fraction=0.01"], "validation_fraction=0.01 of 40 training images chooses"),
-    "all validation": (["{run}", "validation_fraction=1"], "chooses the strength on 40 of them and fits to 0"),
+    "no validation": (
+        ["{run}", "validation_fraction=0.01"],
+        "validation_fraction=0.01: of 40 training images, 0 choose the strength",
+    ),
+    "all validation": (["{run}", "validation_fraction=1"], "40 choose the strength and 0 are fitted"),
 }
 
 
@@ -372,11 +545,22 @@ def places(trained: Path, files: dict[str, Path], tmp_path_factory: pytest.TempP
     saved = checkpoint.load(run / "checkpoints" / f"step-{STEPS:08d}.pt")
     saved["config"]["data"]["test"] = ""
     torch.save(saved, run / "without_test.pt")
-    bare = Path(shutil.copy(files["three"], here / "bare.beton"))  # without its sidecar
-    return files | {"here": here, "run": run, "bare": bare}
+    more = {"bare": here / "bare.beton", "twice": here / "twice.beton"}
+    for path in more.values():
+        shutil.copy(files["test"], path)
+        shutil.copy(f"{files['test']}.json", f"{path}.json")
+        as_before(path)
+    sidecar(more["bare"]).unlink()
+    info = json.loads(sidecar(more["twice"]).read_text()) | {"classes": ["cafe\u0301", "caf\u00e9"]}
+    sidecar(more["twice"]).write_text(json.dumps(info))
+    folder = write_images(here / "folder", 24, classes=3)
+    for image in (folder / "class2").iterdir():
+        image.unlink()
+    more["empty-class"] = here / "empty-class.beton"
+    write_dataset(str(folder), more["empty-class"])
+    return files | {"here": here, "run": run} | more
 
 
-@pytest.mark.filterwarnings("ignore:.*beside it")
 @pytest.mark.parametrize("case", ERRORS)
 def test_mistakes_are_told_in_a_sentence(case: str, places: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
     arguments, sentence = ERRORS[case]
@@ -385,4 +569,4 @@ def test_mistakes_are_told_in_a_sentence(case: str, places: dict[str, Path], cap
     said = capfd.readouterr().err
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and sentence.format(**places) in errors[0] and "Traceback" not in said
-    assert not (places["here"] / "linear_eval.json").exists() and not (places["run"] / "linear_eval.json").exists()
+    assert not (places["here"] / "evaluations").exists() and not (places["run"] / "evaluations").exists()

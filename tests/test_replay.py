@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from simclr_ddp import checkpoint, pretrain, replay
-from tests.ranks import Ranks
-from tests.test_resume import settings
+from simclr_ddp import pretrain, replay
+from simclr_ddp.runs import checkpoint
+from tests.support.ranks import Ranks
+from tests.support.tiny_run import settings
 
 LARGE = ("optim.name=sgd", "optim.base_learning_rate=1e30", "checkpoint.every_steps=1", "precision=fp32")
 
@@ -67,6 +68,6 @@ def test_mistakes(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert failing_run(images, tmp_path / "run") == 2
     (ordinary, *_) = checkpoint.all_steps(tmp_path / "run" / "checkpoints")
     assert replay.main([str(ordinary)]) == 2
-    assert "no dump of a step that failed" in capfd.readouterr().err
+    assert "not the dump of a failed step" in capfd.readouterr().err
     assert replay.main([str(only_dump(tmp_path / "run")), "train=spirograph"]) == 2
-    assert "other images than the run had" in capfd.readouterr().err
+    assert "these are not the images of the run" in capfd.readouterr().err

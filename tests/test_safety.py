@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from simclr_ddp import pretrain, replay
-from tests import processes
-from tests.test_resume import settings
+from tests.support import processes
+from tests.support.source import parsed
+from tests.support.tiny_run import settings
 
 SOURCES = [p for folder in ("simclr_ddp", "launch", "benchmarks") for p in (processes.ROOT / folder).rglob("*.py")]
 
@@ -65,7 +66,7 @@ def test_names_reach_no_shell_and_no_other_folder(
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(processes.ROOT)))
 def test_no_source_calls_what_executes_strings(path: Path) -> None:
-    for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+    for call in (node for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)):
         name, keywords = ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
         where = f"{path}:{call.lineno}: {name}"
         assert name not in ("eval", "exec", "os.system", "os.popen", "yaml.load", "pickle.load", "pickle.loads"), where

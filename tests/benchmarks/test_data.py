@@ -190,14 +190,14 @@ def test_without_a_source_images_are_generated(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["nowhere"], "nowhere is not there: give a folder of JPEGs or a .tar of them"),
-        (["empty"], "empty holds no JPEGs"),
+        (["nowhere"], "nowhere does not exist: give a folder of JPEGs or a .tar of them"),
+        (["empty"], "empty has no JPEGs"),
         (["text.tar"], "text.tar is no tar archive"),
         (["broken"], "bad.jpg can't be decoded"),
-        (["workers=1,none"], "workers=1,none: numbers from 1 up are wanted"),
-        (["workers=4096"], "workers=4096, but this process may use"),
-        (["images=64"], "images=64 are 1 batches of 64, but 14 are needed"),
-        (["out=x.txt"], "out=x.txt does not end in .json"),
+        (["workers=1,none"], "workers=1,none: numbers of at least 1 are expected"),
+        (["workers=4096"], "workers=4096: this process may use"),
+        (["images=64"], "images=64: this makes 1 batches of 64, but 14 are needed"),
+        (["out=x.txt"], "out=x.txt: it does not end in .json"),
         (["round=1"], "did you mean rounds?"),
     ],
 )

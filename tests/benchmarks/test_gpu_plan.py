@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from benchmarks.gpu import suite
-from simclr_ddp.config import Pretrain
-from simclr_ddp.metrics import read_metrics
-from tests.processes import ROOT, wait_for_step
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.runs.metrics import read_metrics
+from tests.support.processes import ROOT, wait_for_step
 
 PLAN = ROOT / "benchmarks/gpu/plan.sh"
 
@@ -79,7 +79,7 @@ def test_all_calls_at_tiny_size(tmp_path: Path) -> None:
     assert status == 0, output
     assert files == promised("B") | {"encoder.safetensors.part00", "encoder.safetensors.sha256"}
     with tarfile.open(tmp_path / "out-B" / "run.tgz") as archive:
-        assert {"./linear_eval.json", "./metrics.jsonl", "./figures/curves.png"} <= set(archive.getnames())
+        assert {"./metrics.jsonl", "./figures/curves.png"} <= set(archive.getnames())
     assert suite.measured(tmp_path / "out-B").keys() >= {"cifar10_gpu linear %", "cifar10_gpu seconds of 200 epochs"}
 
     status, output, files = call("C", tmp_path, SECONDS_LEFT="800")
@@ -264,7 +264,7 @@ def test_the_plan_names_all_test_files_that_have_gpu_tests() -> None:
     (named,) = re.findall(r"^GPU_TESTS=\((.*)\)$", PLAN.read_text(), re.M)
     marked = {
         str(path.relative_to(ROOT))
-        for path in (ROOT / "tests").glob("test_*.py")
+        for path in (ROOT / "tests").rglob("test_*.py")
         if "pytest.mark.gpu" in path.read_text() and path != Path(__file__)
     }
     assert set(named.split()) == marked
@@ -302,14 +302,20 @@ def test_a_run_is_measured_by_its_last_start_and_without_its_evaluation(tmp_path
 
     def measured() -> dict[str, float]:
         with tarfile.open(tmp_path / "run.tgz", "w:gz") as archive:
-            for path in tmp_path.glob("*.[yj]*"):
-                archive.add(path, f"./{path.name}")
+            for path in (*tmp_path.glob("*.[yj]*"), *tmp_path.glob("evaluations/*")):
+                archive.add(path, f"./{path.relative_to(tmp_path)}")
         return suite.measured(tmp_path)
 
     expected = {"cifar10_gpu images/s": 1000, "cifar10_gpu epochs": 5, "cifar10_gpu seconds of 200 epochs": 400}
     assert measured() == expected
     (tmp_path / "linear_eval.json").write_text('{"run": "elsewhere/other", "results": {"trained": {"top1": 0.5}}}')
-    assert measured() == expected | {"cifar10_gpu linear %": 50}
+    assert measured() == expected | {"cifar10_gpu linear %": 50}, "as earlier versions wrote it"
+    (tmp_path / "linear_eval.json").unlink()
+    (tmp_path / "evaluations").mkdir()
+    for step, split, top1 in ((20, "test", 0.4), (50, "test", 0.6), (50, "train", 0.9)):
+        record = {"step": step, "test": {"split": split}, "results": {"trained": {"top1": top1}}}
+        (tmp_path / f"evaluations/step{step}-{split}.json").write_text(json.dumps(record))
+    assert measured() == expected | {"cifar10_gpu linear %": 60}, "of the last step, on test images"
 
 
 def tiny_settings(folder: Path, *more: str) -> list[str]:

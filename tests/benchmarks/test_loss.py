@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import loss, loss_reference, loss_report, loss_tools
-from benchmarks.loss_tools import COMPARED, KERNELS, OURS, make, missing, work
-from simclr_ddp import KernelInfoNCE, tiled
-from simclr_ddp.losses import contrastive_loss, normalize
-from tests.ranks import Ranks
-from tests.test_p_distance import by_definition
-from tests.test_tiled import plain
+from benchmarks import loss
+from benchmarks.support import loss_reference, loss_report, loss_tools
+from benchmarks.support.loss_tools import COMPARED, KERNELS, OURS, make, missing, work
+from simclr_ddp import KernelInfoNCE
+from simclr_ddp.losses import tiling
+from simclr_ddp.losses.contrastive import contrastive_loss, normalize
+from tests.losses.test_p_norm import by_definition
+from tests.losses.test_tiled import plain
+from tests.support.ranks import Ranks
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +55,7 @@ def test_all_compute_the_same_loss(name: str) -> None:
 @pytest.mark.parametrize("images", [24, 40])
 def test_references(kernel: str, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole, and of a batch too large for it the value and some rows of the gradient, from blocks of pairs."""
-    monkeypatch.setattr(loss_reference, "WHOLE", 24)
+    monkeypatch.setattr(loss_reference, "COMPLETE", 24)
     monkeypatch.setattr(loss_reference, "SAMPLE", 7)
     monkeypatch.setattr(loss_reference, "BLOCK", 11)
     y_a, y_b = loss.embeddings(images, 16)
@@ -79,15 +81,15 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(loss, "_available_bytes", lambda: 2_000_000)  # 14 bytes for each of 512 x 512 pairs are more
-    monkeypatch.setattr(loss_reference, "WHOLE", 16)
+    monkeypatch.setattr(loss, "available_bytes", lambda: 2_000_000)  # 14 bytes for each of 512 x 512 pairs are more
+    monkeypatch.setattr(loss_reference, "COMPLETE", 16)
     assert benchmark(tmp_path, "--images", "256,16", "--ranks", "0", "--only", "ours cosine,ours laplacian,plain") == 0
     results = json.loads((tmp_path / "cpu.json").read_text())
     rows = {(row["name"], row["images"]): row for row in results["rows"]}
     assert list(rows) == [(n, i) for i in (16, 256) for n in ("ours cosine", "ours laplacian", "plain")]
     for (name, images), row in rows.items():
         if (name, images) == ("plain", 256):
-            assert row["left_out"] == "it wants about 0 GB, 0 GB are free"
+            assert row["left_out"] == "it needs about 0 GB, 0 GB are free"
             continue
         assert 0 < row["seconds"][0] <= row["seconds"][1] <= row["seconds"][2] and row["repeats"] == 2
         assert row["loss_error"] < 1e-4 and row["gradient_error"] < 1e-4 and row["memory_bytes"] >= 0
@@ -99,7 +101,7 @@ def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert torch.__version__.startswith(results["machine"]["packages"]["torch"]) and results["machine"]["processor"]
     assert (tmp_path / "cpu.png").stat().st_size > 10_000
     told = capsys.readouterr().out
-    assert "left out: it wants" in told and told.count(" of 256") == 2
+    assert "left out: it needs" in told and told.count(" of 256") == 2
 
 
 def test_the_nearer_bound() -> None:
@@ -133,9 +135,9 @@ def test_another_loss_is_caught(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "lightning"], "--only lightning is no loss: choose among ours cosine"),
+        (["--only", "lightning"], "--only lightning: it is no loss; choose from ours cosine"),
         (["--images", "1"], "--images 1: numbers of at least 2"),
-        (["--repeats", "ten"], "--repeats ten: one number of at least 2 is wanted, for example --repeats 10"),
+        (["--repeats", "ten"], "--repeats ten: one number of at least 2 is expected, for example --repeats 10"),
         (["--repeats", "10,2"], "--repeats 10,2: one number"),
         (["--repeats", "1"], "--repeats 1: one number"),
         (["--threads", "2,1"], "--threads 2,1: one number of at least 0"),
@@ -154,12 +156,12 @@ def test_one_of_torchruns_processes_is_refused(
     monkeypatch.setattr(loss, "in_group", lambda *_: pytest.fail("it measures"))
     assert loss.main([]) == 2
     assert capsys.readouterr().err == (
-        "error: RANK is set, as torchrun sets it: start one process without it, which starts the --ranks\n"
+        "error: RANK is set, as torchrun sets it: unset it and start one process, which starts --ranks\n"
     )
 
 
-def test_sizes_that_ranks_cannot_share_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no time is foretold from them."""
+def test_sizes_that_ranks_cannot_share_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time is predicted from them."""
     befores = []
 
     def together(images: int, width: int, repeats: int, names: list[str], before: list[Any]) -> list[dict[str, Any]]:
@@ -167,8 +169,8 @@ def test_sizes_that_ranks_cannot_share_are_told(monkeypatch: pytest.MonkeyPatch)
         return [{"name": name, "images": images, "width": width, "ranks": 4, "seconds": [1.0] * 3} for name in names]
 
     monkeypatch.setattr(loss, "setup", lambda *_: None)
-    monkeypatch.setattr(loss.distributed, "world_size", lambda: 4)
-    monkeypatch.setattr(loss.distributed, "stop", lambda: None)
+    monkeypatch.setattr(loss.collectives, "world_size", lambda: 4)
+    monkeypatch.setattr(loss.rendezvous, "stop", lambda: None)
     monkeypatch.setattr(loss, "measure_together", together)
     rows = loss.in_group([2048, 2050, 4096], [8], 2, ["ours cosine", "lightly"])
     assert [(row["name"], row["images"]) for row in rows] == [
@@ -179,10 +181,10 @@ def test_sizes_that_ranks_cannot_share_are_told(monkeypatch: pytest.MonkeyPatch)
     assert "2050    8 ours cosine          left out: not divisible" in loss_report.rank_table(rows[2:4])
 
 
-def test_losses_that_ranks_do_not_share_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_losses_that_ranks_do_not_share_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark(tmp_path, "--images", "16", "--ranks", "2", "--only", "plain") == 0
-    told = "no ranks: of the losses only ours cosine, ours laplacian, rows only, lightly are measured on them"
-    assert told in capsys.readouterr().out.splitlines()
+    line = "no measurement on ranks: only ours cosine, ours laplacian, rows only, lightly support it"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_ours_is_held_to_the_precision_it_promises() -> None:
@@ -195,18 +197,18 @@ def test_ours_is_held_to_the_precision_it_promises() -> None:
             assert loss.check(name, value, slope, exact)["gradient_rows"] == 4
 
 
-def test_times_are_foretold() -> None:
+def test_times_are_predicted() -> None:
     rows: list[dict[str, Any]] = [
         {"name": "plain", "width": 8, "images": 2048, "seconds": [1.0, 2.0, 3.0]},
         {"name": "lightly", "width": 8, "images": 2048, "left_out": "it wants more"},
         {"name": "ours spectral", "width": 8, "images": 2048, "seconds": [1.0, 2.0, 3.0]},
         {"name": "metric learning", "width": 8, "images": 2048, "seconds": [1.0, 2.0, 3.0]},
     ]
-    assert loss.foretold({"name": "ours spectral", "width": 8, "images": 8192}, rows) == 8.0
-    assert loss.foretold({"name": "metric learning", "width": 8, "images": 8192}, rows) == 128.0
-    assert loss.foretold({"name": "plain", "width": 8, "images": 8192}, rows) == 32.0
-    assert loss.foretold({"name": "plain", "width": 16, "images": 8192}, rows) == 0.0
-    assert loss.foretold({"name": "lightly", "width": 8, "images": 8192}, rows) > loss.LONGEST
+    assert loss.predicted({"name": "ours spectral", "width": 8, "images": 8192}, rows) == 8.0
+    assert loss.predicted({"name": "metric learning", "width": 8, "images": 8192}, rows) == 128.0
+    assert loss.predicted({"name": "plain", "width": 8, "images": 8192}, rows) == 32.0
+    assert loss.predicted({"name": "plain", "width": 16, "images": 8192}, rows) == 0.0
+    assert loss.predicted({"name": "lightly", "width": 8, "images": 8192}, rows) > loss.LONGEST
 
 
 IN_PLACE = (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_)
@@ -216,8 +218,8 @@ IN_PLACE = (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_)
 @pytest.mark.parametrize("kept", [True, False])
 def test_counted_operations(name: str, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against torch's own count, of the products and not of the sums inside them."""
-    monkeypatch.setattr(tiled, "TILE", 16)
-    monkeypatch.setattr(tiled, "KEPT", 10**9 if kept else 0)
+    monkeypatch.setattr(tiling, "TILE", 16)
+    monkeypatch.setattr(tiling, "KEPT", 10**9 if kept else 0)
 
     def in_place(out: Any, a: Any, b: Any, **_: Any) -> int:
         return 2 * math.prod(a) * b[-1]
@@ -231,9 +233,9 @@ def test_counted_operations(name: str, kept: bool, monkeypatch: pytest.MonkeyPat
 
 
 def test_memory_that_others_want() -> None:
-    assert [loss_tools.whole_bytes(name, 65536) for name in OURS] == [0] * len(OURS)
-    assert 2.3e11 < loss_tools.whole_bytes("plain", 65536) < 2.5e11
-    assert 2.2e9 < loss_tools.whole_bytes("metric learning", 256) < 2.4e9  # 2.2 GB were measured
+    assert [loss_tools.matrix_bytes(name, 65536) for name in OURS] == [0] * len(OURS)
+    assert 2.3e11 < loss_tools.matrix_bytes("plain", 65536) < 2.5e11
+    assert 2.2e9 < loss_tools.matrix_bytes("metric learning", 256) < 2.4e9  # 2.2 GB were measured
 
 
 @pytest.mark.slow
@@ -242,21 +244,22 @@ def test_memory_that_others_take(name: str) -> None:
     """In a process of its own: memory that others freed here would not count."""
     if missing(name):
         pytest.skip(f"the package of {name} is not here: `make peers`")
-    script = f"""from benchmarks import loss, loss_tools
+    script = f"""from benchmarks import loss
+from benchmarks.support import loss_tools
 assert not loss_tools.missing({name!r})
 made = loss_tools.make({name!r})
 loss.once(made, *loss.embeddings(2, 8))
 print(loss.peak_memory(made, *loss.embeddings(2048, 8)))"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == pytest.approx(loss_tools.whole_bytes(name, 2048), rel=0.15)
+    assert int(done.stdout) == pytest.approx(loss_tools.matrix_bytes(name, 2048), rel=0.15)
 
 
 def on_ranks() -> list[dict[str, Any]]:
     names = [name for name in loss.ON_RANKS if not missing(name)]
-    before = loss_reference.WHOLE, loss_reference.SAMPLE
-    loss_reference.WHOLE, loss_reference.SAMPLE = 32, 8
+    before = loss_reference.COMPLETE, loss_reference.SAMPLE
+    loss_reference.COMPLETE, loss_reference.SAMPLE = 32, 8
     rows = [row for images in (32, 64) for row in loss.measure_together(images, 8, 2, names, [])]
-    loss_reference.WHOLE, loss_reference.SAMPLE = before
+    loss_reference.COMPLETE, loss_reference.SAMPLE = before
     return rows
 
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,17 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks import loops, peers, step, step_report, step_work
-from benchmarks.loops import PARTS
-from simclr_ddp import config, distributed, pretrain
-from simclr_ddp.config import Pretrain
-from simclr_ddp.data import open_dataset
-from simclr_ddp.info_nce import KernelInfoNCE
-from simclr_ddp.optim import set_learning_rate
-from simclr_ddp.run import make_plan
-from simclr_ddp.runtime import Runtime
-from simclr_ddp.state import State
-from tests.ranks import Ranks
+from benchmarks import step
+from benchmarks.support import loops, peers, step_report, step_work
+from benchmarks.support.loops import PARTS
+from simclr_ddp.config import options
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.data.dataset import open_dataset
+from simclr_ddp.distributed import batch_norm, collectives
+from simclr_ddp.distributed.runtime import Runtime
+from simclr_ddp.losses.kernel_info_nce import KernelInfoNCE
+from simclr_ddp.training.optim import set_learning_rate
+from simclr_ddp.training.plan import make_plan
+from simclr_ddp.training.state import State
+from tests.support.ranks import Ranks
 
 TINY = (
     "device=cpu",
@@ -39,7 +40,7 @@ CPU = Runtime(torch.device("cpu"), "fp32", 1)
 
 def tiny(**more: Any) -> Pretrain:
     pairs = dict(option.split("=") for option in TINY)
-    return config.build(Pretrain, [("the test", pairs | more)])
+    return options.build(Pretrain, [("the test", pairs | more)])
 
 
 def run(*arguments: str, out: Path) -> tuple[int, dict[str, Any]]:
@@ -101,9 +102,9 @@ def test_the_table(spirograph: dict[str, Any], tmp_path: Path) -> None:
     assert (tmp_path / "two.png").stat().st_size < 300_000
 
 
-def test_a_missing_file_leaves_the_figures_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_leaves_the_variants_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, results = run(f"data.train={tmp_path / 'nowhere.beton'}", "data.size=16", out=tmp_path)
-    assert status == 0 and "nowhere.beton is not there" in capsys.readouterr().out
+    assert status == 0 and "nowhere.beton does not exist" in capsys.readouterr().out
     (one,) = results["runs"]
     assert one["seconds_per_step"].keys() == {"model only", "synthetic"} and one["data"] is None
 
@@ -178,41 +179,42 @@ def test_a_known_gpu_gives_the_share_of_its_rate(spirograph: dict[str, Any]) -> 
     work = {"model_operations": 3 * 10**12, "launches": {"kernels": 450.0, "waits": 0.1}, "peak_rate": 1e15}
     one = spirograph["runs"][0] | {"work": work, "seconds_per_step": {"model only": [0.01], "synthetic": [0.01]}}
     assert step_report.share_of_peak(one) == pytest.approx(0.3)
-    text = step_report._work_of(one)
+    text = step_report.table(spirograph | {"runs": [one]})
     assert "30.0% of the 1000 TFLOP/s" in text and "450 kernels" in text
 
 
 @torch.no_grad()
 def nudge(tensor: Tensor) -> None:
-    """Move the last number of a vector by one unit in the last place."""
-    last = tensor[-1:]
-    last.copy_(torch.nextafter(last, last + 1))
+    """Move the last number of a tensor by one unit in the last place."""
+    last = (-1,) * tensor.dim()
+    tensor[last] = torch.nextafter(tensor[last], tensor[last] + 1)
 
 
 def test_the_check_sees_a_single_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(CPU.threads)
     settings, dataset = tiny(), open_dataset("spirograph", "train")
-    buffers: list[Callable[[State], Tensor]] = [
-        lambda state: list(state.model.parameters())[-1],
-        lambda state: state.optimizer.state[state.optimizer.param_groups[1]["params"][0]]["momentum_buffer"],
-    ]
-    for of in buffers:
+    real, seen = loops.pretrained, []
 
-        def train_and_nudge(*arguments: Any, of: Callable[[State], Tensor] = of) -> int:
-            status = pretrain.train(*arguments)
-            nudge(of(arguments[4]))
-            return status
+    def once(*arguments: Any) -> dict[str, Tensor]:
+        seen.append(real(*arguments))
+        return seen[0]
 
-        monkeypatch.setattr(loops, "train", train_and_nudge)
-        same, sentence = loops.check_training(settings, CPU, dataset)
-        assert not same and "differs from simclr_ddp" in sentence
-    monkeypatch.undo()
-    same, sentence = loops.check_training(settings, CPU, dataset)
+    monkeypatch.setattr(loops, "pretrained", once)
+    same, sentence = loops.check_loop(settings, CPU, dataset)
     assert same and "bitwise" in sentence
+    parameter = next(name for name in seen[0] if name.startswith("model encoder"))
+    momentum = [name for name in seen[0] if name.endswith("momentum_buffer")][-1]
+    for name in (parameter, momentum):
+        nudged = {key: tensor.clone() for key, tensor in seen[0].items()}
+        nudge(nudged[name])
+        monkeypatch.setattr(loops, "pretrained", lambda *_, nudged=nudged: nudged)
+        same, sentence = loops.check_loop(settings, CPU, dataset)
+        assert not same and f"{name} differs from simclr_ddp" in sentence
 
 
 def test_another_loss_is_not_compared() -> None:
     objective = KernelInfoNCE("cosine", 0.5)
-    assert "is ours" in peers.check_loss("this", peers.plain_loss(0.5), objective, CPU)
+    assert "equals ours" in peers.check_loss("this", peers.plain_loss(0.5), objective, CPU)
     with pytest.raises(ValueError, match="the loss of that is"):
         peers.check_loss("that", peers.plain_loss(0.501), objective, CPU)
 
@@ -226,12 +228,12 @@ def losses_and_gradients(temperature: float) -> list[Tensor]:
     for loss in losses:
         torch.manual_seed(0)
         weight = torch.randn(16, 16, dtype=torch.float64, requires_grad=True)
-        y = torch.randn(2, 8, 16, dtype=torch.float64)[:, distributed.own_slice(8)] @ weight
+        y = torch.randn(2, 8, 16, dtype=torch.float64)[:, collectives.local_slice(8)] @ weight
         value = loss(y[0], y[1])
         value.backward()
         assert weight.grad is not None
         found.append(torch.cat([value.detach()[None], weight.grad.flatten()]))
-        found[-1] = distributed.all_sum(found[-1]) / distributed.world_size()
+        found[-1] = collectives.all_reduce_sum(found[-1]) / collectives.world_size()
     return found
 
 
@@ -246,10 +248,10 @@ def check_and_reduce() -> tuple[str, float, torch.Tensor, torch.Tensor]:
     """The check on these ranks; seconds of the reduction; weights after steps that reduce as DDP does, and apart."""
     settings = tiny()
     dataset = open_dataset("spirograph", "train")
-    _, sentence = loops.check_training(settings, CPU, dataset)
+    _, sentence = loops.check_loop(settings, CPU, dataset)
     clock, weights = loops.Clock(CPU.device), []
     for marks in ([], [clock]):
-        training = loops.Training(settings, CPU, dataset, make_plan(settings, dataset))
+        training = loops.Loop(settings, CPU, dataset, make_plan(settings, dataset))
         with closing(training.batches(2)) as batches:
             for _ in range(2):
                 training.step(batches, *marks)
@@ -271,7 +273,7 @@ def test_the_model_of_the_other_tools_is_ours_with_torchs_batch_norm() -> None:
     views = torch.rand(2, 4, 3, 32, 32)
     assert torch.allclose(model(views).y, state.model(views).y, atol=1e-6)
     kinds = {type(module) for module in model.modules()}
-    assert nn.BatchNorm2d in kinds and nn.BatchNorm1d in kinds and distributed.CrossRankBatchNorm not in kinds
+    assert nn.BatchNorm2d in kinds and nn.BatchNorm1d in kinds and batch_norm.CrossRankBatchNorm not in kinds
 
 
 def test_lightly_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:

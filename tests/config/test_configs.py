@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from simclr_ddp import config, doctor
-from simclr_ddp.config import Pretrain
-from simclr_ddp.info_nce import KernelInfoNCE
-from simclr_ddp.pretrain import make_objective
+from simclr_ddp.config import options
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.losses.kernel_info_nce import KernelInfoNCE
+from simclr_ddp.training import forecast
+from simclr_ddp.training.components import make_objective
 
-FOLDER = Path(__file__).parent.parent / "configs" / "pretrain"
+FOLDER = Path(__file__).parents[2] / "configs" / "pretrain"
 FILES = sorted(FOLDER.glob("*.yaml"))
 CIFAR10, IMAGENET = [0.4914, 0.4822, 0.4465], [0.485, 0.456, 0.406]
 
@@ -26,14 +27,14 @@ PUBLISHED = {
 
 
 def load(path: Path) -> Pretrain:
-    return config.build(Pretrain, [(str(path), config.read_yaml(path))])
+    return options.build(Pretrain, [(str(path), options.read_yaml(path))])
 
 
 def test_spirograph_yaml_is_the_defaults() -> None:
-    assert load(FOLDER / "spirograph.yaml") == config.build(Pretrain, [])
+    assert load(FOLDER / "spirograph.yaml") == options.build(Pretrain, [])
     text = (FOLDER / "spirograph.yaml").read_text()
     body = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
-    assert body.strip() == config.to_yaml(config.build(Pretrain, [])).strip(), "every option is written out"
+    assert body.strip() == options.to_yaml(options.build(Pretrain, [])).strip(), "every option is written out"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -59,11 +60,11 @@ def test_the_head_quotes_what_the_doctor_predicts(micro_batch_size: int | None) 
     path = FOLDER / "imagenet_kernel_infonce.yaml"
     settings, head = load(path), path.read_text()
     settings.optim.micro_batch_size = micro_batch_size
-    for finding in (doctor.gpu_memory(settings, 8), doctor.arithmetic(settings, 8)):
+    for finding in (forecast.gpu_memory(settings, 8), forecast.arithmetic(settings, 8)):
         assert finding.text.partition(" (a prediction")[0] in head
     for override in ({"loss.kernel": "laplacian"}, {"loss.mix_level": "loss", "loss.mix_weight": 1}):
-        config.build(Pretrain, [(str(path), config.read_yaml(path)), ("the head", override)])
+        options.build(Pretrain, [(str(path), options.read_yaml(path)), ("the head", override)])
 
 
 def test_every_config_is_covered() -> None:
-    assert {path.stem for path in FILES} == PUBLISHED.keys() | {"spirograph", "cifar10_cpu", "cifar10_gpu"}
+    assert {path.stem for path in FILES} == PUBLISHED.keys() | {"spirograph", "cifar10_cpu", "cifar10_gpu", "photos"}

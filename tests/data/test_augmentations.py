@@ -11,7 +11,7 @@ import torch
 import torchvision.transforms.functional as TF
 from torch import Tensor
 
-from simclr_ddp.augmentations import (
+from simclr_ddp.data.augmentations import (
     DRAWS,
     Augmentation,
     blur_kernel_size,
@@ -29,7 +29,7 @@ from simclr_ddp.augmentations import (
     solarize,
     to_float,
 )
-from simclr_ddp.draws import Draw, view_uniforms
+from simclr_ddp.data.draws import Draw, view_uniforms
 
 B, SIDE = 5, 20
 
@@ -368,9 +368,9 @@ def test_cuda_agrees_and_never_waits() -> None:
     [
         ({"strength": -1.0}, "strength=-1"),
         ({"blur": (0.5, 0.5, 0.5)}, "blur=.* 3 numbers for 2 views"),
-        ({"flip": 1.5}, "flip=1.5 is not a probability"),
+        ({"flip": 1.5}, "flip=1.5: not a probability"),
         ({"solarize": (0.0, -0.1)}, "solarize=-0.1"),
-        ({"mean": (0.5, 0.5, 0.5)}, "go together"),
+        ({"mean": (0.5, 0.5, 0.5)}, "must be given together"),
         ({"mean": (0.5,), "std": (0.5,)}, "mean=.* 1 numbers"),
         ({"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.0)}, "std="),
     ],

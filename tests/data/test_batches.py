@@ -7,24 +7,36 @@ import numpy as np
 import pytest
 import torch
 
-from simclr_ddp import data, spirograph
-from simclr_ddp.augmentations import Augmentation
-from simclr_ddp.beton import Beton
-from simclr_ddp.crops import crop_boxes, resize_crop
-from simclr_ddp.draws import permutation
-from simclr_ddp.write_dataset import write_dataset
-from tests import processes
+from simclr_ddp.data import spirograph
+from simclr_ddp.data.augmentations import Augmentation
+from simclr_ddp.data.batches import (
+    Batch,
+    Share,
+    evaluation_batches,
+    evaluation_images,
+    training_batches,
+    training_images,
+    training_index,
+)
+from simclr_ddp.data.beton import Beton
+from simclr_ddp.data.crops import crop_boxes, resize_crop
+from simclr_ddp.data.dataset import Dataset, open_dataset
+from simclr_ddp.data.draws import permutation
+from simclr_ddp.data.write import write_dataset
+from simclr_ddp.system import machine
+from simclr_ddp.system.machine import usable_workers
 from tests.conftest import write_images
+from tests.support import processes
 
 CPU = torch.device("cpu")
 
 
 def batches(
     images: Path, rank: int, world_size: int, steps: range, loader: str = "torch", workers: int = 0
-) -> list[data.Batch]:
-    dataset = data.open_dataset(str(images), "train")
-    share = data.Share(seed=3, global_batch_size=8, rank=rank, world_size=world_size)
-    found = data.training_batches(
+) -> list[Batch]:
+    dataset = open_dataset(str(images), "train")
+    share = Share(seed=3, global_batch_size=8, rank=rank, world_size=world_size)
+    found = training_batches(
         dataset, share, steps, size=16, crop_scale=(0.2, 1.0), workers=workers, loader=loader, device=CPU
     )
     return list(found)
@@ -37,7 +49,7 @@ def test_a_batch_is_its_slice_of_the_permutation_and_the_tail_is_dropped(images:
         epoch, s = divmod(step, count // 8)
         assert batch.sample.tolist() == permutation(3, epoch, count)[s * 8 : (s + 1) * 8].tolist()
         assert batch.inputs.shape == (2, 8, 3, 16, 16) and batch.inputs.dtype == torch.uint8
-    odd = data.training_index(data.Share(0, 7, 0, 1), count, 0, 10)  # 5 batches of 7, 5 images left over
+    odd = training_index(Share(0, 7, 0, 1), count, 0, 10)  # 5 batches of 7, 5 images left over
     epochs = [(epoch, index.shape) for epoch, index in odd]
     assert epochs == [(0, (5, 7)), (1, (5, 7))]
 
@@ -75,10 +87,10 @@ def test_views_are_the_crops_of_the_table(images: Path, loader: str) -> None:
 
 
 def test_batches_stay_as_they_were(images: Path, loader: str) -> None:
-    dataset, share = data.open_dataset(str(images), "train"), data.Share(3, 8, 0, 1)
+    dataset, share = open_dataset(str(images), "train"), Share(3, 8, 0, 1)
     options = {"size": 16, "crop_scale": (0.2, 1.0), "workers": 1, "loader": loader, "device": CPU}
     found, kept = [], []
-    for batch in data.training_batches(dataset, share, range(25), **options):
+    for batch in training_batches(dataset, share, range(25), **options):
         found.append(batch)
         kept.append(batch.inputs.clone())
     assert all(torch.equal(a, b.inputs) for a, b in zip(kept, found, strict=True)), "memory was used again"
@@ -88,8 +100,8 @@ def test_batches_stay_as_they_were(images: Path, loader: str) -> None:
 
 def test_batches_left_open_do_not_keep_the_process(images: Path, loader: str) -> None:
     script = (
-        "import torch\nfrom simclr_ddp import data\n"
-        f"dataset = data.open_dataset({str(images)!r}, 'train')\n"
+        "import torch\nfrom simclr_ddp.data import batches as data, dataset as d\n"
+        f"dataset = d.open_dataset({str(images)!r}, 'train')\n"
         "batches = data.training_batches(dataset, data.Share(0, 8, 0, 1), range(1000), size=16, crop_scale=(1, 1),\n"
         f"                                workers=1, loader={loader!r}, device=torch.device('cpu'))\n"
         "next(batches)\nif LATER: del dataset; batches.throw(ValueError('an error that is kept'))"
@@ -112,43 +124,55 @@ def test_a_broken_image_ends_the_run_with_one_sentence(tmp_path: Path, loader: s
         assert "\n" not in str(error.value)
 
 
+def test_a_full_shared_memory_is_an_error_and_no_hang(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # in decoding processes, which are forked
+    dataset = open_dataset(str(images), "train")
+    with pytest.raises(ValueError, match=r"through /dev/shm .*No space left.*--shm-size"):
+        next(evaluation_batches(
+            dataset, np.arange(8), size=16, batch_size=8, workers=1, loader="torch", device=torch.device("cpu")
+        ))  # fmt: skip
+
+
 def test_evaluation_sees_each_image_once_in_order(images: Path, loader: str) -> None:
-    dataset = data.open_dataset(str(images), "test")
+    dataset = open_dataset(str(images), "test")
     index = np.array([5, 3, 39, 0, 11])
-    found = list(data.evaluation_batches(dataset, index, size=16, batch_size=2, workers=0, loader=loader, device=CPU))
+    found = list(evaluation_batches(dataset, index, size=16, batch_size=2, workers=0, loader=loader, device=CPU))
     assert [b.sample.tolist() for b in found] == [[5, 3], [39, 0], [11]]
     beton = Beton(images)
     height, width = beton.sizes[39].tolist()
     expected = resize_crop(beton.jpeg(39), (0, 0, height, width), 16)  # small views show the whole image
     assert np.array_equal(found[1].inputs[0, 0].permute(1, 2, 0).numpy(), expected)
-    whole = data.evaluation_images(dataset, [0.5] * 3, [0.25] * 3, torch.float64)(found[0].inputs)
+    whole = evaluation_images(dataset, [0.5] * 3, [0.25] * 3, torch.float64)(found[0].inputs)
     assert whole.dtype == torch.float64 and torch.equal(whole, (found[0].inputs.double() / 255 - 0.5) / 0.25)
 
 
 def test_spirograph_from_a_file_is_the_generated_set(tmp_path: Path) -> None:
     write_dataset("spirograph", tmp_path / "s.beton", images=32)
-    generated, stored = data.open_dataset("spirograph", "train"), data.open_dataset(str(tmp_path / "s.beton"), "train")
+    generated, stored = open_dataset("spirograph", "train"), open_dataset(str(tmp_path / "s.beton"), "train")
     assert stored.numbers is not None and generated.numbers is not None
     assert np.array_equal(stored.numbers, generated.numbers[:32])
     assert stored.labels is not None and stored.labels.shape == (32, 4) and not stored.has_classes
-    share = data.Share(0, 8, 0, 1)
-    (batch,) = data.training_batches(
+    share = Share(0, 8, 0, 1)
+    (batch,) = training_batches(
         stored, share, range(1), size=32, crop_scale=(1, 1), workers=0, loader="auto", device=CPU
     )
-    render = data.training_images(stored, Augmentation(), 0, torch.float64)
+    render = training_images(stored, Augmentation(), 0, torch.float64)
     views = render(batch.inputs, 0, batch.sample)
     assert views.shape == (2, 8, 3, 32, 32) and views.dtype == torch.float64
     assert not torch.equal(views[0], views[1]), "the two views have nuisance numbers of their own"
     assert torch.equal(views, render(batch.inputs, 0, batch.sample))
     assert not torch.equal(views, render(batch.inputs, 1, batch.sample)), "a new epoch has new ones"
-    plain = data.evaluation_images(stored, [0.0], [1.0], torch.float32)(batch.inputs)
+    plain = evaluation_images(stored, [0.0], [1.0], torch.float32)(batch.inputs)
     expected = spirograph.render(torch.from_numpy(stored.numbers[batch.sample.numpy()]))
     assert torch.allclose(plain[0], expected)
 
 
 def test_workers_are_never_more_than_this_ranks_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "cores", lambda: 8)
-    assert [data.usable_workers(wanted, ranks) for wanted, ranks in ((4, 1), (16, 1), (4, 4), (4, 16), (0, 1))] == [
+    monkeypatch.setattr(machine, "cores", lambda: 8)
+    assert [usable_workers(wanted, ranks) for wanted, ranks in ((4, 1), (16, 1), (4, 4), (4, 16), (0, 1))] == [
         4,
         8,
         2,
@@ -159,12 +183,12 @@ def test_workers_are_never_more_than_this_ranks_cores(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("label", [-1, 1_000_000_000])
 def test_labels_that_are_no_classes_are_named(label: int) -> None:
-    dataset = data.Dataset("x.beton", 3, np.array([0, 1, label]), None, "")
-    with pytest.raises(ValueError, match=r"no class numbers.*probe.enabled=false"):
+    dataset = Dataset("x.beton", 3, np.array([0, 1, label]), None, "")
+    with pytest.raises(ValueError, match=r"are not class numbers.*probe.enabled=false"):
         _ = dataset.class_count
 
 
 @pytest.mark.parametrize("source", ["", "."])
 def test_no_file_named(source: str) -> None:
     with pytest.raises(ValueError, match=r"data.train.* (is empty|is a folder)"):
-        data.open_dataset(source, "train")
+        open_dataset(source, "train")

@@ -1,9 +1,9 @@
 """The .beton file: round trips, every kind of damage, and (where it is installed) FFCV on the other side."""
 
+import hashlib
 import io
 import json
 import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
-from simclr_ddp import beton
-from simclr_ddp.beton import FLOAT, INT, PICTURES, Beton, Picture, quick_digest, vector
+from simclr_ddp.data import beton
+from simclr_ddp.data.beton import FLOAT, INT, PICTURES, Beton, Picture, quick_digest, vector
+from tests.support.old_files import as_before, without_description
 
 SMALL = 1 << 12  # a page size for tests: FFCV's 8 MiB would make every file 16 MiB
 
@@ -114,7 +115,7 @@ def test_a_page_holds_whole_samples_and_grows_with_them(path: Path) -> None:
     header = np.frombuffer(data, beton.HEADER, 1)[0]
     table = np.frombuffer(data, beton.ALLOCATION, offset=int(header["allocations"]))
     page = int(header["page_size"])
-    assert page == 1 << 14 and int(header["allocations"]) % page == 0
+    assert page == 1 << 14 and int(header["allocations"]) % 8 == 0
     assert len(table) == 2 * len(sides)
     for sample in range(len(sides)):
         mine = table[table["sample"] == sample]
@@ -122,22 +123,51 @@ def test_a_page_holds_whole_samples_and_grows_with_them(path: Path) -> None:
         assert first // page == last // page, f"sample {sample} crosses a page"
 
 
-def test_sidecar_fingerprint_and_pickle(path: Path) -> None:
-    beton.write(path, [(raw(noise(4, 4)), 1)], {"image": PICTURES, "label": INT}, 1, {"classes": ["a", "b"]})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        read = Beton(path)
-    assert read.classes == ["a", "b"] and read.info["count"] == 1
-    assert read.fingerprint() == read.info["sha256"][:16]
+def labelled(path: Path, classes: list[str], label: int = 1) -> Beton:
+    info = {"label_kind": "classes", "classes": classes}
+    beton.write(path, [(raw(noise(4, 4)), label)], {"image": PICTURES, "label": INT}, 1, info, page_size=SMALL)
+    return Beton(path)
+
+
+def test_a_file_alone_describes_itself(path: Path) -> None:
+    read = labelled(path, ["a", "cafe\u0301", "ch\udce2teau"])
+    assert read.classes == ["a", "caf\u00e9", r"ch\xe2teau"], "names are in NFC, and can be printed"
+    assert read.info["count"] == 1 and read.info["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     beton.sidecar(path).unlink()
-    with pytest.warns(UserWarning, match="has no x.beton.json beside it"):
-        bare = Beton(path)
-    assert bare.info == {} and bare.classes is None and len(bare.fingerprint()) == 16
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a worker that reopens the file does not warn again
-        again = pickle.loads(pickle.dumps(bare))
+    alone = Beton(path)
+    assert alone.info == {} and alone.classes == read.classes and alone.fingerprint() == read.fingerprint()
+    assert read.is_complete() and alone.is_complete()
+    again = pickle.loads(pickle.dumps(alone))
     np.testing.assert_array_equal(again.image(0), noise(4, 4))
-    assert again.fingerprint() == bare.fingerprint() and len(pickle.dumps(bare)) < 500
+    assert again.fingerprint() == alone.fingerprint() and len(pickle.dumps(alone)) < 500
+    other = labelled(path.with_name("y.beton"), ["b", "c", "d"], label=0)
+    assert other.fingerprint() != read.fingerprint(), "labels belong to the content"
+    data = bytearray(path.read_bytes())
+    data[SMALL + 1] ^= 1
+    path.write_bytes(data)
+    assert not Beton(path).is_complete()
+
+
+def test_a_file_of_earlier_versions_is_the_same_with_and_without_its_sidecar(path: Path) -> None:
+    labelled(path, ["a", "b"])
+    old = Beton(as_before(path))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    assert old.classes == ["a", "b"] and old.fingerprint() == sha256 and old.is_complete()
+    beton.sidecar(path).unlink()
+    bare = Beton(path)
+    assert bare.classes is None and bare.fingerprint() == sha256 and bare.is_complete() is None
+    hashed_then = hashlib.sha256(path.read_bytes()[: 24 + 2 * 1041 + 24] + path.read_bytes()[-24:]).hexdigest()[:16]
+    for read in (old, bare):
+        assert read.is_known_as(sha256) and read.is_known_as(hashed_then) and not read.is_known_as("0" * 16)
+
+
+def test_a_damaged_description_is_refused(path: Path) -> None:
+    labelled(path, ["a", "b"])
+    whole = path.read_bytes()
+    end = int(np.frombuffer(whole, beton.HEADER, 1)[0]["allocations"])
+    for found, changed in ((b'["a"', b"[7.9"), (b'"b"]', b'"b",'), (b'["a", "b"]', b'["a"     ]')):
+        refuse(path, whole.replace(found, changed), "description before its allocation table|names 1 classes")
+    refuse(path, whole[: end - 10] + b"\xff" + whole[end - 9 :], "description before its allocation table")
 
 
 def test_the_digest_is_of_the_bytes_that_lie_there(path: Path) -> None:
@@ -156,7 +186,7 @@ def test_the_digest_of_a_large_file_is_of_its_size_its_ends_and_blocks_between(t
     path.write_bytes(written)
 
     def digest() -> str:
-        return quick_digest(path, whole=1 << 20, block=1 << 10, blocks=16)
+        return quick_digest(path, limit=1 << 20, block=1 << 10, blocks=16)
 
     first = digest()
     for position, seen in ((0, True), ((4 << 20) + 1000, True), ((4 << 20) + 2000, False), ((8 << 20) - 1, True)):
@@ -166,17 +196,6 @@ def test_the_digest_of_a_large_file_is_of_its_size_its_ends_and_blocks_between(t
         written[position] ^= 1
     path.write_bytes(written + b"0")
     assert digest() != first
-
-
-def test_fingerprint_without_sidecar_depends_on_the_labels(tmp_path: Path) -> None:
-    found = set()
-    for label in (0, 1):
-        file = tmp_path / f"{label}.beton"
-        write(file, [(raw(noise(4, 4)), label)], {"image": PICTURES, "label": INT})
-        beton.sidecar(file).unlink()
-        with pytest.warns(UserWarning):
-            found.add(Beton(file).fingerprint())
-    assert len(found) == 2
 
 
 # --- what is refused
@@ -197,7 +216,7 @@ def refuse(path: Path, data: bytes, match: str) -> None:
 
 
 def test_missing(path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"x\.beton is not there: write it with"):
+    with pytest.raises(FileNotFoundError, match=r"x\.beton does not exist; write it with"):
         Beton(path)
 
 
@@ -217,7 +236,7 @@ def test_pointers_beyond_the_end(path: Path, whole: bytes) -> None:
     for column, value in (("pointer", 2**64 - 1), ("size", 2**64 - 1), ("size", end), ("pointer", end + 1)):
         table = np.frombuffer(whole, beton.ALLOCATION, offset=end).copy()
         table[column][3] = value
-        refuse(path, whole[:end] + table.tobytes(), "points beyond its end|missing from its allocation table")
+        refuse(path, whole[:end] + table.tobytes(), "pointers beyond its end|missing from its allocation table")
 
 
 @pytest.fixture(scope="module")
@@ -235,20 +254,18 @@ def test_a_damaged_table_is_refused_or_read_but_never_crashes(vectors: Path, pla
     data[place] = value
     damaged = vectors.with_name("damaged.beton")
     damaged.write_bytes(data)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            read = Beton(damaged)
-            for i in range(0, read.count, 9):
-                read.image(i)
-        except ValueError as error:
-            assert str(damaged) in str(error)
+    try:
+        read = Beton(damaged)
+        for i in range(0, read.count, 9):
+            read.image(i)
+    except ValueError as error:
+        assert str(damaged) in str(error)
 
 
 def test_half_written_is_never_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copy the file away at each sync, as a power cut would, and after some samples: nobody takes it."""
     found: list[bytes] = []
-    sync = beton._sync
+    sync = beton.sync_file
 
     def snapshot(file: Any) -> None:
         sync(file)
@@ -262,7 +279,7 @@ def test_half_written_is_never_valid(path: Path, monkeypatch: pytest.MonkeyPatch
             assert not path.exists()
             yield raw(noise(200, 200, i)), i
 
-    monkeypatch.setattr(beton, "_sync", snapshot)
+    monkeypatch.setattr(beton, "sync_file", snapshot)
     beton.write(path, samples(), {"image": PICTURES, "label": INT}, 30, {}, page_size=1 << 17)
     assert found[-1] == path.read_bytes(), "the last snapshot is the whole file"
     half = path.with_name("half.beton")
@@ -280,14 +297,12 @@ def test_a_raw_image_of_the_wrong_length(path: Path) -> None:
 
 def test_an_allocation_table_in_any_order(path: Path, whole: bytes) -> None:
     """As FFCV's writer leaves it with several processes."""
-    with pytest.warns(UserWarning):
-        before = Beton(path)
+    before = Beton(path)
     end = int(np.frombuffer(whole, beton.HEADER, 1)[0]["allocations"])
     table = np.frombuffer(whole, beton.ALLOCATION, offset=end)
     other = path.with_name("other.beton")
     other.write_bytes(whole[:end] + np.random.default_rng(0).permutation(table).tobytes())
-    with pytest.warns(UserWarning):
-        after = Beton(other)
+    after = Beton(other)
     assert [after.stored(i) for i in range(20)] == [before.stored(i) for i in range(20)]
     np.testing.assert_array_equal(after.nuisance, before.nuisance)
 
@@ -304,22 +319,31 @@ def test_other_versions_and_types(path: Path, whole: bytes) -> None:
     refuse(path, header.tobytes() + whole[24:], "format 2")
     descriptors = np.frombuffer(whole, beton.DESCRIPTOR, 3, 24).copy()
     descriptors["kind"][1] = 5
-    refuse(path, whole[:24] + descriptors.tobytes() + whole[24 + 3 * 1041 :], "field `label` is of FFCV's type 5")
+    refuse(path, whole[:24] + descriptors.tobytes() + whole[24 + 3 * 1041 :], "field `label` has FFCV's type 5")
     descriptors["kind"][1], descriptors["name"][0] = 1, b"picture"
-    refuse(path, whole[:24] + descriptors.tobytes() + whole[24 + 3 * 1041 :], "no image field called `image`, only pic")
+    refuse(path, whole[:24] + descriptors.tobytes() + whole[24 + 3 * 1041 :], "no image field `image`, only pic")
 
 
-def test_a_sidecar_that_does_not_belong(path: Path, whole: bytes) -> None:
-    size = len(whole)
-    for text, match in (
-        ("{", "is damaged"),
-        ("[]", "is damaged"),
-        (json.dumps({"count": 20, "bytes": size + 1}), "belongs to another file"),
-        (json.dumps({"count": 20, "bytes": size, "classes": ["a"]}), "names 1 classes"),
+def test_an_odd_sidecar_is_refused_in_one_line(path: Path, whole: bytes) -> None:
+    path.write_bytes(without_description(path))
+    fits = {"count": 20, "bytes": path.stat().st_size}
+    for content, match in (
+        ("{", "is damaged .it is not JSON"),
+        ("[]", "is damaged .it is not a JSON object"),
+        ("[" * 50_000, "is damaged .its JSON is nested too deeply"),
+        (b"\xff\xfe", "is damaged"),
+        ({"bytes": 1}, "is damaged"),
+        (fits | {"bytes": len(whole) + 1}, "belongs to another file"),
+        (fits | {"classes": ["a"]}, "names 1 classes"),
+        *((fits | {"classes": odd}, "its classes are not a list of names") for odd in (5, 1.5, True, "ab", [1], [[]])),
+        (fits | {"numbers": {"a": 1}}, "its numbers are not a list of names"),
+        *((fits | {"sha256": odd}, "its sha256 is not 64") for odd in (5, ["a"], "abc", True)),
     ):
-        beton.sidecar(path).write_text(text)
-        with pytest.raises(ValueError, match=match):
+        data = content if isinstance(content, bytes) else content if isinstance(content, str) else json.dumps(content)
+        beton.sidecar(path).write_bytes(data if isinstance(data, bytes) else data.encode())
+        with pytest.raises(ValueError, match=match) as caught:
             Beton(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_broken_jpeg_inside(path: Path) -> None:
@@ -330,7 +354,7 @@ def test_broken_jpeg_inside(path: Path) -> None:
     assert not list(path.parent.iterdir())
     write(path, [(picture,)] * 3, {"image": PICTURES})
     read = Beton(path)
-    read._length[1] -= 200
+    read.length[1] -= 200
     read.sizes[2] = 61
     assert read.image(0).shape == (60, 60, 3)
     with pytest.raises(ValueError, match=r"image 1 of .*x\.beton can't be decoded \(.*truncated"):
@@ -372,15 +396,15 @@ def test_a_failed_overwrite_keeps_the_old_file(path: Path) -> None:
 
 
 def test_bytes_lost_on_the_way_to_the_disk_are_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = beton._digest
+    digest = beton.file_digest
 
-    def lossy(partial: Path, first: int, end: int) -> tuple[str, int]:
+    def lossy(partial: Path, end: int, first: int, header: bytes) -> tuple[Any, int]:
         with partial.open("r+b") as file:
             file.seek(first + 5)
             file.write(b"?")
-        return digest(partial, first, end)
+        return digest(partial, end, first, header)
 
-    monkeypatch.setattr(beton, "_digest", lossy)
+    monkeypatch.setattr(beton, "file_digest", lossy)
     with pytest.raises(OSError, match="check the disk"):
         write(path, [(raw(noise(4, 4)),)], {"image": PICTURES})
     assert not list(path.parent.iterdir())
@@ -500,4 +524,37 @@ def test_the_same_bytes_as_ffcvs_writer(path: Path) -> None:
     DatasetWriter(str(theirs), fields, num_workers=1).from_indexed_dataset(Indexed(rows))
     samples = [(raw(p), i, numbers) for p, i, numbers in rows]
     write(path, samples, {"image": PICTURES, "label": INT, "nuisance": vector(6)}, beton.PAGE_SIZE)
-    assert path.read_bytes() == theirs.read_bytes()
+    assert without_description(path) == theirs.read_bytes()
+
+
+def test_lack_of_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    opened, empty = write(tmp_path / "x.beton", [(jpeg(pixels),)], {"image": PICTURES}), np.empty
+
+    def fail(*_: Any) -> None:
+        raise OSError("broken data stream when reading image file")
+
+    def full(shape: Any, *arguments: Any) -> np.ndarray:
+        if shape == 20 * 30 * 16:
+            raise MemoryError
+        return empty(shape, *arguments)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(ValueError, match="can't be decoded"):
+        opened.image(0)
+    monkeypatch.setattr(np, "empty", full)
+    with pytest.raises(MemoryError):
+        opened.image(0)
+
+
+def test_names_of_files_belong_to_one_file(path: Path, tmp_path: Path) -> None:
+    written = write(path, [(raw(noise(4, 4, i)),) for i in range(2)], {"image": PICTURES})
+    assert written.names() is None
+    beton.write_names(path, ["a b.jpg", "dé\u2028jà.jpg"])
+    assert Beton(path).names() == ["a b.jpg", "dé\u2028jà.jpg"]
+    second = write(path, [(raw(noise(4, 4, i)),) for i in range(2, 4)], {"image": PICTURES}, overwrite=True)
+    with pytest.raises(ValueError, match=r"x\.beton\.names belongs to another file than"):
+        second.names()
+    beton.write_names(path, ["one only"])
+    with pytest.raises(ValueError, match="belongs to another file"):
+        second.names()

@@ -11,8 +11,8 @@ from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from simclr_ddp.crops import crop_boxes, evaluation_box, resize_crop
-from simclr_ddp.draws import Draw, uniforms
+from simclr_ddp.data.crops import crop_boxes, evaluation_box, resize_crop
+from simclr_ddp.data.draws import Draw, uniforms
 
 SIZES = st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=6)
 
@@ -71,7 +71,7 @@ def test_boxes_are_the_loops() -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     index, sizes = np.arange(100), same_size(100, 50, 300)
     whole = crop_boxes(0, 0, index, sizes, 2)
-    monkeypatch.setattr("simclr_ddp.crops._CHUNK", 7)
+    monkeypatch.setattr("simclr_ddp.data.crops._CHUNK", 7)
     assert np.array_equal(whole, crop_boxes(0, 0, index, sizes, 2))
 
 

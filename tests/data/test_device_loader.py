@@ -16,16 +16,21 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simclr_ddp import config, data, device_loader, doctor, linear_eval, pretrain
-from simclr_ddp.beton import PICTURES, Beton, Picture, write
-from simclr_ddp.config import Doctor, Pretrain
-from simclr_ddp.crops import crop_boxes, cut_views, evaluation_box
-from simclr_ddp.metrics import read_metrics
-from simclr_ddp.write_dataset import write_dataset
-from tests import processes
+from simclr_ddp import linear_eval, pretrain
+from simclr_ddp.config.options import build, parse_override, read_yaml
+from simclr_ddp.config.schema import Doctor, Pretrain
+from simclr_ddp.data import batches, device_loader
+from simclr_ddp.data.beton import PICTURES, Beton, Picture, write
+from simclr_ddp.data.crops import crop_boxes, cut_views, evaluation_box
+from simclr_ddp.data.dataset import open_dataset
+from simclr_ddp.data.write import write_dataset
+from simclr_ddp.runs.metrics import read_metrics
+from simclr_ddp.system import signals
+from simclr_ddp.training import examination, forecast
+from tests.support import processes
 
-ARCHIVES = Path(os.environ.get("SIMCLR_DATA", Path(__file__).parents[2] / "shared" / "data"))
-CONFIG = Path(__file__).parent.parent / "configs" / "pretrain" / "cifar10_gpu.yaml"
+ARCHIVES = Path(os.environ.get("SIMCLR_DATA", Path(__file__).parents[3] / "shared" / "data"))
+CONFIG = Path(__file__).parents[2] / "configs" / "pretrain" / "cifar10_gpu.yaml"
 CPU = torch.device("cpu")
 
 
@@ -110,12 +115,12 @@ def test_white_stays_white(tmp_path: Path) -> None:
 
 
 def test_evaluation_sees_what_the_torch_loader_sees(cifar: Path) -> None:
-    dataset = data.open_dataset(str(cifar), "test")
+    dataset = open_dataset(str(cifar), "test")
     index = np.array([5, 3, 39, 0, 11])
     found = {}
     for loader in ("torch", "device"):
         options = {"size": 48, "batch_size": 2, "workers": 0, "loader": loader, "device": CPU}
-        found[loader] = list(data.evaluation_batches(dataset, index, **options))
+        found[loader] = list(batches.evaluation_batches(dataset, index, **options))
     for ours, expected in zip(found["device"], found["torch"], strict=True):
         assert torch.equal(ours.inputs, expected.inputs) and torch.equal(ours.labels, expected.labels)
         assert torch.equal(ours.sample, expected.sample)
@@ -161,12 +166,12 @@ def test_the_set_is_decoded_once_for_all_who_ask(cifar: Path, monkeypatch: pytes
     decoded = []
     whole = Beton.image
     monkeypatch.setattr(Beton, "image", lambda self, i: decoded.append(i) or whole(self, i))
-    dataset = data.open_dataset(str(cifar), "train")
+    dataset = open_dataset(str(cifar), "train")
     options = {"workers": 2, "loader": "device", "device": CPU}
     for _ in range(2):
-        share = data.Share(0, 100, 0, 1)
-        assert len(list(data.training_batches(dataset, share, range(7), size=32, crop_scale=(1, 1), **options))) == 7
-        assert len(list(data.evaluation_batches(dataset, np.arange(9), size=48, batch_size=4, **options))) == 3
+        share = batches.Share(0, 100, 0, 1)
+        assert len(list(batches.training_batches(dataset, share, range(7), size=32, crop_scale=(1, 1), **options))) == 7
+        assert len(list(batches.evaluation_batches(dataset, np.arange(9), size=48, batch_size=4, **options))) == 3
     assert sorted(decoded) == list(range(300))
 
 
@@ -199,7 +204,7 @@ def test_memory_is_said_and_is_what_it_takes(tmp_path: Path) -> None:
     kept = device_loader.resident(images, 16, CPU, 1)
     taken = sum(part.nbytes for part in kept)
     assert device_loader.kept_bytes(images, 16) == taken
-    assert f"{taken / 1e6:,.0f} MB a rank: 3 of up to 30 x 24 pixels" in data.describe_loader(
+    assert f"{taken / 1e6:,.0f} MB per rank: 3 of up to 30 x 24 pixels" in batches.describe_loader(
         images, "device", 1, 8, 2, 16
     )
 
@@ -215,8 +220,8 @@ def test_a_set_without_room_is_refused_in_one_line(
     assert pretrain.main(arguments) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert line.startswith("error: data.loader=device: ") and f"{wanted:,} bytes" in line and "data.loader=auto" in line
-    settings = config.build(Doctor, [("here", dict(config.parse_override(a) for a in arguments))])
-    (finding,) = doctor.guarded(doctor.decoding, settings, data.open_dataset(str(cifar), "train"), 1)
+    settings = build(Doctor, [("here", dict(parse_override(a) for a in arguments))])
+    (finding,) = examination.guarded(examination.decoding, settings, open_dataset(str(cifar), "train"), 1)
     assert finding.level == "error" and f"{wanted:,} bytes" in finding.text
 
 
@@ -255,7 +260,7 @@ def test_cifar10_gpu_trains_pauses_resumes_and_evaluates(cifar: Path, tmp_path: 
     processes.wait_for_step(run_dir, 3, process)
     process.send_signal(signal.SIGTERM)
     status, output = processes.finish(process)
-    assert status == pretrain.PAUSED, output
+    assert status == signals.PAUSED, output
     assert "images are decoded once and kept on the device" in output
     assert pretrain.main(arguments) == 0
     lines = read_metrics(run_dir / "metrics.jsonl")
@@ -264,9 +269,10 @@ def test_cifar10_gpu_trains_pauses_resumes_and_evaluates(cifar: Path, tmp_path: 
     assert sum("probe_top1" in line for line in lines) == steps // (300 // 32)
     quick = ("device=cpu", "threads=1", "loader=device", "strengths=[0.01]", "random_encoder=false")
     assert linear_eval.main([str(run_dir), *quick]) == 0
-    assert 0 < json.loads((run_dir / "linear_eval.json").read_text())["results"]["trained"]["top1"] <= 1
+    (file,) = run_dir.glob("evaluations/*.json")
+    assert 0 < json.loads(file.read_text())["results"]["trained"]["top1"] <= 1
 
 
 def test_the_checkpoint_of_cifar10_gpu_can_travel() -> None:
-    settings = config.build(Pretrain, [(str(CONFIG), config.read_yaml(CONFIG))])
-    assert 99e6 < doctor.checkpoint_bytes(settings) < 102e6
+    settings = build(Pretrain, [(str(CONFIG), read_yaml(CONFIG))])
+    assert 99e6 < forecast.checkpoint_bytes(settings) < 102e6

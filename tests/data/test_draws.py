@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simclr_ddp.draws import Draw, holdout, permutation, uniforms, view_uniforms
+from simclr_ddp.data.draws import Draw, holdout, permutation, uniforms, view_uniforms
 
 INTEGERS = st.integers(-(2**63), 2**63 - 1)
 INDICES = st.lists(st.integers(0, 2**40), min_size=1, max_size=5)

@@ -1,14 +1,20 @@
 """spirograph: the pictures follow the formula, are differentiable in all ten numbers, and views share targets."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from simclr_ddp.draws import Draw, view_uniforms
-from simclr_ddp.spirograph import NAMES, NUISANCES, TARGETS, numbers, render, views
+from simclr_ddp.data.augmentations import Augmentation
+from simclr_ddp.data.batches import evaluation_images, training_images
+from simclr_ddp.data.draws import Draw, view_uniforms
+from simclr_ddp.data.spirograph import NAMES, NUISANCES, TARGETS, numbers, render, views
+from simclr_ddp.evaluation.labels import open_labelled
 
 
 def direct(row: list[float], size: int) -> Tensor:
@@ -35,6 +41,30 @@ def test_render_is_the_formula() -> None:
         torch.testing.assert_close(image, direct(row, 17), rtol=0, atol=1e-12)
     assert render(z.float()).dtype == torch.float32 and render(z.float()).shape == (3, 3, 32, 32)
     assert (render(z.float()) - render(z)).abs().max() < 1e-3  # (m - h) t / b reaches 170 turns of float32
+
+
+def test_rows_are_those_of_the_published_generators() -> None:
+    """spirograph_images are pictures by ae-foster/invclr, commit 6da77d0."""
+    golden = np.load(Path(__file__).parents[1] / "golden" / "invclr.npz")
+    z, expected = (torch.from_numpy(golden[f"spirograph_{name}"]).double() for name in ("numbers", "images"))
+    torch.testing.assert_close(render(z, by_rows=True), expected, rtol=0, atol=1e-6)
+    assert ((render(z) - expected).abs() > 0.02).double().mean() > 0.2, "today's form is another"
+    draws = torch.rand(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    by_rows, by_image = (views(z[:, :4], draws, form) for form in (True, False))
+    assert (by_rows - by_image).abs().max() > 0.1
+
+
+def test_an_evaluation_renders_what_its_run_has_seen() -> None:
+    given, numbers = {"train": "", "test": "spirograph"}, torch.full((1, 10), 0.5)
+    for settings, by_rows in (({"data.spirograph": "rows"}, True), ({"data.spirograph": "image"}, False), ({}, False)):
+        run: Any = SimpleNamespace(settings={"data.train": "spirograph"} | settings, folder=Path("no run"))
+        for dataset in open_labelled(given, run)[:2]:
+            images = evaluation_images(dataset, [0.0], [1.0], torch.float32)(numbers)[0]
+            assert torch.equal(images, render(numbers, by_rows=by_rows))
+            assert dataset.fingerprint.endswith("-rows") == by_rows
+            draws = training_images(dataset, Augmentation(), 0, torch.float32)(numbers, 0, torch.arange(1))
+            nuisances = view_uniforms(0, 0, torch.arange(1), 2, Draw.NUISANCE, len(NUISANCES), torch.float32)
+            assert torch.equal(draws, views(numbers[:, :4], nuisances, by_rows))
 
 
 def test_range() -> None:

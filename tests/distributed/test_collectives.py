@@ -12,14 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simclr_ddp import config, distributed
-from simclr_ddp.config import Pretrain
-from simclr_ddp.data import open_dataset
-from simclr_ddp.distributed import CrossRankBatchNorm
-from simclr_ddp.runtime import Runtime
-from simclr_ddp.state import State
-from tests import cuda_kernels
-from tests.ranks import Ranks
+from simclr_ddp.config import options
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.data.dataset import open_dataset
+from simclr_ddp.distributed import batch_norm, collectives, ddp, rendezvous
+from simclr_ddp.distributed.batch_norm import CrossRankBatchNorm
+from simclr_ddp.distributed.runtime import Runtime
+from simclr_ddp.training.state import State
+from tests.support import cuda_kernels
+from tests.support.ranks import Ranks
 from tests.test_gpu import assert_two_ranks_are_one
 
 WORLDS = (1, 2, 4)
@@ -34,9 +35,9 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 def gathered(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """gather of this rank's images, and the gradient of a cubic function of it that is different on every rank."""
-    own = z[:, distributed.own_slice(z.shape[1])].clone().requires_grad_()
-    everything = distributed.gather(own)
-    (weights[distributed.rank()] * everything**3).sum().backward()
+    own = z[:, collectives.local_slice(z.shape[1])].clone().requires_grad_()
+    everything = collectives.gather(own)
+    (weights[collectives.rank()] * everything**3).sum().backward()
     return everything.detach(), own.grad
 
 
@@ -50,9 +51,21 @@ def test_gather_is_in_rank_order_and_sums_gradients(world_size: int, ranks: Rank
         torch.testing.assert_close(gradient, expected[rank], rtol=1e-14, atol=1e-14)
 
 
+def of_rank_0() -> dict[str, Tensor]:
+    tensors = {"weight": random(2, 3).t(), "count": torch.tensor(7), "none": torch.zeros(0)}
+    return collectives.broadcast_tensors(tensors if collectives.is_main() else {})
+
+
+def test_tensors_of_rank_0_reach_all_ranks(ranks: Ranks) -> None:
+    for world_size in (1, 3):
+        for found in ranks.run(world_size, of_rank_0):
+            assert list(found) == ["weight", "count", "none"] and torch.equal(found["weight"], random(2, 3).t())
+            assert torch.equal(found["count"], torch.tensor(7)) and found["none"].shape == (0,)
+
+
 def gathered_from_strides(z: Tensor) -> Tensor:
-    own = z[:, distributed.own_slice(z.shape[1])]
-    return distributed.gather(own.transpose(0, 2).contiguous().transpose(0, 2))
+    own = z[:, collectives.local_slice(z.shape[1])]
+    return collectives.gather(own.transpose(0, 2).contiguous().transpose(0, 2))
 
 
 def test_gather_of_a_transposed_tensor(ranks: Ranks) -> None:
@@ -62,12 +75,12 @@ def test_gather_of_a_transposed_tensor(ranks: Ranks) -> None:
 
 def summed(values: Tensor, weights: Tensor) -> list[Tensor]:
     """differentiable_sum of each rank's row, with first, second and third derivatives."""
-    own = values[distributed.rank()].clone().requires_grad_()
-    total = distributed.differentiable_sum(own**2)
+    own = values[collectives.rank()].clone().requires_grad_()
+    total = collectives.differentiable_sum(own**2)
     answers = [total]
     for _ in range(3):
         (gradient,) = torch.autograd.grad(
-            (weights[distributed.rank()] * answers[-1] ** 2).sum(), own, create_graph=True
+            (weights[collectives.rank()] * answers[-1] ** 2).sum(), own, create_graph=True
         )
         answers.append(gradient)
     return [a.detach() for a in answers]
@@ -88,19 +101,19 @@ def test_differentiable_sum_any_number_of_times(world_size: int, ranks: Ranks) -
 
 
 def facts() -> dict:
-    value = {"name": "é \"' \n", "numbers": [1, 2.5, None, True], "rank": distributed.rank()}
+    value = {"name": "é \"' \n", "numbers": [1, 2.5, None, True], "rank": collectives.rank()}
     ones = torch.ones(3)
-    total = distributed.all_sum(ones)
-    distributed.barrier()
+    total = collectives.all_reduce_sum(ones)
+    collectives.barrier()
     return {
-        "from_main": distributed.from_main(value if distributed.is_main() else None),
-        "empty": distributed.from_main(""),
+        "broadcast_object": collectives.broadcast_object(value if collectives.is_main() else None),
+        "empty": collectives.broadcast_object(""),
         "in_place": total is ones,
         "sum": total,
-        "slice": list(range(12))[distributed.own_slice(12)],
-        "rank": distributed.rank(),
-        "world_size": distributed.world_size(),
-        "is_main": distributed.is_main(),
+        "slice": list(range(12))[collectives.local_slice(12)],
+        "rank": collectives.rank(),
+        "world_size": collectives.world_size(),
+        "is_main": collectives.is_main(),
     }
 
 
@@ -109,7 +122,7 @@ def test_from_main_own_slice_and_the_facade(world_size: int, ranks: Ranks) -> No
     answers = ranks.run(world_size, facts)
     assert [i for answer in answers for i in answer["slice"]] == list(range(12))
     for rank, answer in enumerate(answers):
-        assert answer["from_main"] == {"name": "é \"' \n", "numbers": [1, 2.5, None, True], "rank": 0}
+        assert answer["broadcast_object"] == {"name": "é \"' \n", "numbers": [1, 2.5, None, True], "rank": 0}
         assert answer["empty"] == ""
         assert answer["in_place"] and answer["sum"].tolist() == [world_size] * 3
         assert (answer["rank"], answer["world_size"], answer["is_main"]) == (rank, world_size, rank == 0)
@@ -117,18 +130,18 @@ def test_from_main_own_slice_and_the_facade(world_size: int, ranks: Ranks) -> No
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    distributed.start(torch.device("cpu"))
-    assert not dist.is_initialized() and distributed.world_size() == 1 and distributed.is_main()
+    rendezvous.start(torch.device("cpu"))
+    assert not dist.is_initialized() and collectives.world_size() == 1 and collectives.is_main()
     z = random(2, 4, 3)
-    assert distributed.gather(z) is z and distributed.differentiable_sum(z) is z and distributed.all_sum(z) is z
+    assert collectives.gather(z) is z and collectives.differentiable_sum(z) is z and collectives.all_reduce_sum(z) is z
     model = nn.Linear(2, 2)
-    assert distributed.data_parallel(model, torch.device("cpu")) is model
+    assert ddp.data_parallel(model, torch.device("cpu")) is model
 
 
 def test_own_slice_without_a_group_is_everything_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program under torchrun that has made no process group is one rank of one."""
     monkeypatch.setenv("RANK", "1")
-    assert list(range(6))[distributed.own_slice(6)] == list(range(6))
+    assert list(range(6))[collectives.local_slice(6)] == list(range(6))
 
 
 @pytest.mark.parametrize(("backend", "wanted"), [("nccl", [1]), ("gloo", None)])
@@ -137,17 +150,17 @@ def test_nccl_is_told_the_device_of_a_barrier(
 ) -> None:
     """It would guess, and warn at every start; gloo takes none."""
     given: list[list[int] | None] = []
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_backend", lambda: backend)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(dist, "barrier", lambda device_ids: given.append(device_ids))
-    distributed.barrier()
+    collectives.barrier()
     assert given == [wanted]
 
 
 def ended_together() -> str:
     try:
-        distributed.fail_together("it diverges")
+        collectives.fail_together("it diverges")
     except ValueError as error:
         return f"ValueError: {error}"
     except SystemExit as error:
@@ -162,8 +175,8 @@ def test_fail_together_tells_once(ranks: Ranks) -> None:
 def leaving_times(seconds: float) -> tuple[float, float]:
     """When rank 0 had done its work, on its clock, and when this rank went on."""
     done = 0.0
-    with distributed.while_main_works():
-        if distributed.is_main():
+    with collectives.while_main_works():
+        if collectives.is_main():
             time.sleep(seconds)
             done = time.monotonic()
     return done, time.monotonic()
@@ -211,17 +224,17 @@ def derivatives(norm: nn.Module, x: Tensor, c: Tensor) -> dict[str, Tensor]:
 @contextmanager
 def as_on_a_gpu(fused: bool = True) -> Iterator[None]:
     """Within, batch norm takes the way it takes on CUDA, whose kernels are stand-ins."""
-    before = distributed._fused
-    distributed._fused = lambda _: fused
+    before = batch_norm.uses_fused_kernels
+    batch_norm.uses_fused_kernels = lambda _: fused
     try:
         with cuda_kernels.on("CPU") if fused else nullcontext():
             yield
     finally:
-        distributed._fused = before
+        batch_norm.uses_fused_kernels = before
 
 
 def cross_rank(x: Tensor, c: Tensor, shift: bool, fused: bool) -> dict[str, Tensor]:
-    own = distributed.own_slice(len(x))
+    own = collectives.local_slice(len(x))
     with as_on_a_gpu(fused):
         return derivatives(CrossRankBatchNorm(x.shape[1], shift=shift).double(), x[own], c[own])
 
@@ -253,7 +266,7 @@ def test_batch_norm_is_that_of_the_whole_batch(shape: tuple[int, ...], shift: bo
 def several_steps(x: Tensor) -> dict[str, Tensor]:
     norm = CrossRankBatchNorm(x.shape[2]).double()
     for batch in x:
-        norm(batch[distributed.own_slice(len(batch))])
+        norm(batch[collectives.local_slice(len(batch))])
     return norm.state_dict()
 
 
@@ -278,7 +291,7 @@ def evaluated(x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     fill(norm)
     before = {k: v.clone() for k, v in norm.state_dict().items()}
     # Ranks evaluate unequally many images, so nothing may be reduced here.
-    return norm.eval()(x[: 2 + distributed.rank()]).detach(), before, norm.state_dict()
+    return norm.eval()(x[: 2 + collectives.rank()]).detach(), before, norm.state_dict()
 
 
 def test_eval_mode_uses_running_statistics_and_no_collective(ranks: Ranks) -> None:
@@ -293,7 +306,7 @@ def test_eval_mode_uses_running_statistics_and_no_collective(ranks: Ranks) -> No
 def in_float32(x: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
     norm = CrossRankBatchNorm(x.shape[1])
     with as_on_a_gpu(fused):
-        out = norm(x[distributed.own_slice(len(x))])
+        out = norm(x[collectives.local_slice(len(x))])
     return out.detach(), norm.running_mean, norm.running_var
 
 
@@ -314,7 +327,7 @@ def test_large_mean_and_small_variance_in_float32(mean: float, deviation: float,
 
 def under_autocast(x: Tensor, fused: bool) -> tuple[Tensor, ...]:
     norm = CrossRankBatchNorm(x.shape[1])
-    own = x[distributed.own_slice(len(x))].bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    own = x[collectives.local_slice(len(x))].bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
     with as_on_a_gpu(fused):
         with torch.autocast("cpu", torch.bfloat16):
             out = norm(own)
@@ -346,7 +359,10 @@ def of_a_layer(form: str, dtype: torch.dtype, fused: bool) -> list[Tensor]:
     """Value, gradients and statistics of a layer whose input and gradient lie in memory as `form` says."""
     norm = CrossRankBatchNorm(4).to(torch.promote_types(dtype, torch.float32))
     fill(norm)
-    x, dy = random(8, 4, 5, 5)[distributed.own_slice(8)].to(dtype), random(8, 4, 5, 5, seed=1)[distributed.own_slice(8)]
+    x, dy = (
+        random(8, 4, 5, 5)[collectives.local_slice(8)].to(dtype),
+        random(8, 4, 5, 5, seed=1)[collectives.local_slice(8)],
+    )
     if form == "channels last":
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     if form == "both":
@@ -443,19 +459,19 @@ def compiled_steps(x: Tensor, compiled: bool) -> tuple[Tensor, list[dict[str, in
 
     torch.manual_seed(0)
     model = _Layers().double().to(memory_format=torch.channels_last)
-    trained = distributed.data_parallel(model, torch.device("cpu"))
+    trained = ddp.data_parallel(model, torch.device("cpu"))
     torch._dynamo.reset()
     counters.clear()
     if compiled:
         trained = torch.compile(trained, backend="aot_eager")  # type: ignore[assignment]
     found, made = [], []
-    own = distributed.own_slice(x.shape[1])
+    own = collectives.local_slice(x.shape[1])
     for batch in x:
-        begun = distributed.place["count"]
+        begun = collectives.place["count"]
         trained(batch[own].contiguous(memory_format=torch.channels_last)).sin().square().sum().backward()
         found += [t.detach().clone().flatten() for t in (*(p.grad for p in model.parameters()), *model.buffers())]
         model.zero_grad(set_to_none=True)
-        made.append({"graphs": counters["stats"]["unique_graphs"], "collectives": distributed.place["count"] - begun})
+        made.append({"graphs": counters["stats"]["unique_graphs"], "collectives": collectives.place["count"] - begun})
     torch._dynamo.reset()
     return torch.cat([f.double() for f in found]), made
 
@@ -471,9 +487,9 @@ def test_a_compiled_step_is_the_same_and_compiled_once(ranks: Ranks) -> None:
 
 
 def test_other_shapes_are_refused(ranks: Ranks) -> None:
-    with pytest.raises(ValueError, match=r"takes \[B, C\] or \[B, C, H, W\], got a shape of \(2, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"expects \[B, C\] or \[B, C, H, W\], got shape \(2, 3, 4\)"):
         CrossRankBatchNorm(3)(torch.zeros(2, 3, 4))
-    with pytest.raises(AssertionError, match=r"got a shape of \(4, 3, 4\)"):
+    with pytest.raises(AssertionError, match=r"got shape \(4, 3, 4\)"):
         ranks.run(2, in_float32, torch.zeros(8, 3, 4), False)
 
 
@@ -484,9 +500,9 @@ def settled(x: Tensor) -> dict:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), CrossRankBatchNorm(6), nn.ReLU(), nn.Linear(6, 2)).double()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    wrapped = distributed.data_parallel(model, torch.device("cpu"))
-    own = x[distributed.own_slice(len(x))]
-    distributed.settle_buckets(wrapped, lambda: wrapped(own).square().mean().backward())
+    wrapped = ddp.data_parallel(model, torch.device("cpu"))
+    own = x[collectives.local_slice(len(x))]
+    ddp.settle_buckets(wrapped, lambda: wrapped(own).square().mean().backward())
     unchanged = all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     no_gradients = all(p.grad is None for p in model.parameters())
     wrapped(own).square().mean().backward()
@@ -505,22 +521,22 @@ def test_settling_leaves_no_trace_and_ddp_averages(ranks: Ranks) -> None:
 
 
 def told_by_all() -> list:
-    return distributed.from_all({"rank": distributed.rank(), "text": "ü" * distributed.rank()})
+    return collectives.all_gather_object({"rank": collectives.rank(), "text": "ü" * collectives.rank()})
 
 
 def test_every_ranks_value_on_every_rank(ranks: Ranks) -> None:
     wanted = [{"rank": r, "text": "ü" * r} for r in range(4)]
     assert ranks.run(4, told_by_all) == [wanted] * 4
-    assert distributed.from_all(3) == [3]
+    assert collectives.all_gather_object(3) == [3]
 
 
 def differing_after_a_flip(name: str, bit: int, dtype: torch.dtype) -> list[str]:
     torch.manual_seed(0)
     tensors = {"a": torch.randn(30, 7).to(dtype), "b": torch.randn(5, 3, 3, 2).to(dtype), "count": torch.tensor(3)}
-    if distributed.rank() == 1 and name:
+    if collectives.rank() == 1 and name:
         integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensors[name].element_size()]
         tensors[name].view(-1).view(integers)[-1] ^= 1 << bit
-    return distributed.differing(tensors)
+    return collectives.differing(tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -532,9 +548,9 @@ def test_a_flipped_bit_on_one_rank_is_found_and_named(dtype: torch.dtype, ranks:
 
 
 def ended_by_the_check(disturbed: int) -> str:
-    wanted = config.build(Pretrain, [("here", {"device": "cpu", "model.width": 0.0625, "head.out": 8})])
+    wanted = options.build(Pretrain, [("here", {"device": "cpu", "model.width": 0.0625, "head.out": 8})])
     state = State(wanted, Runtime(torch.device("cpu"), "fp32", 1), open_dataset("spirograph", "train"))
-    if distributed.rank() == disturbed:
+    if collectives.rank() == disturbed:
         with torch.no_grad():
             state.model.encoder.conv1.weight[0, 0, 0, 0] += 1e-3
     try:
@@ -552,4 +568,4 @@ def test_ranks_whose_parameters_differ_end_the_run(ranks: Ranks) -> None:
     assert told.startswith(
         "after step 7 the ranks hold different values of encoder.conv1.weight, one of 1 such tensors"
     )
-    assert "the same command goes on from the last checkpoint" in told and other == "exit 2"
+    assert "the same command resumes from the last checkpoint" in told and other == "exit 2"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from simclr_ddp.runtime import setup
+from simclr_ddp.distributed.runtime import setup
 
 
 @pytest.mark.parametrize(("native", "wanted"), [(True, "bf16"), (False, "fp16")])
@@ -12,7 +12,7 @@ def test_auto_is_no_precision_that_the_gpu_emulates(
 ) -> None:
     """torch emulates bf16 on GPUs without it, and says unasked that it is supported."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
-    monkeypatch.setattr("simclr_ddp.runtime._device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr("simclr_ddp.distributed.runtime._device", lambda _: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32, torch.get_num_threads()
     try:

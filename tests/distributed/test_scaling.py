@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from simclr_ddp import KernelInfoNCE, config, doctor, tiled
-from simclr_ddp.config import Pretrain
+from simclr_ddp import KernelInfoNCE
+from simclr_ddp.config import options
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.losses import tiled, tiling
+from simclr_ddp.training import forecast
 from tests.test_doctor import Live
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "scaling.md").read_text()
 
 
@@ -77,20 +80,20 @@ def test_the_table_is_the_formula() -> None:
 def test_the_counts_are_those_of_the_code(name: str) -> None:
     model = MODELS[name]
     path = ROOT / "configs" / "pretrain" / f"{model.config}.yaml"
-    settings = config.build(Pretrain, [(str(path), config.read_yaml(path))])
-    made = doctor.blank_model(settings)
+    settings = options.build(Pretrain, [(str(path), options.read_yaml(path))])
+    made = forecast.blank_model(settings)
     norms = [m for m in made.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     assert sum(p.numel() for p in made.parameters()) == model.parameters
     assert (len(norms), sum(m.num_features for m in norms)) == (model.layers, model.channels)
-    assert doctor.flops_per_view(settings) / 1e9 == pytest.approx(model.gflop, rel=0.003)
-    assert doctor.activation_bytes(settings) / 2**20 == pytest.approx(model.kept, rel=0.03)
+    assert forecast.flops_per_view(settings) / 1e9 == pytest.approx(model.gflop, rel=0.003)
+    assert forecast.activation_bytes(settings) / 2**20 == pytest.approx(model.kept, rel=0.03)
     row = f"| {model.parameters:,} | {model.layers} | {model.channels:,} | {model.gflop} | {model.kept} |"
     assert row in PAGE, row
 
 
 def test_rank_0_of_512() -> None:
     """In a fake process group, whose all-gather gives each rank's place the same embeddings."""
-    areas = [tile.area for tile in tiled.tiles(32_768, 32_768, 0, True, 0, 512)]
+    areas = [tile.area for tile in tiling.tiles(32_768, 32_768, 0, True, 0, 512)]
     text = " ".join(PAGE.split())
     told = f"{len(areas)} tiles of pairs, the largest of {max(areas):,}, together {sum(areas):,} pairs"
     assert f"{told}, which is {sum(areas) / (65_536**2 / 512):.4f} of (2 N)² / W" in text

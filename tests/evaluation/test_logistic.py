@@ -7,8 +7,10 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simclr_ddp import logistic
-from simclr_ddp.logistic import Solution, choose, ridge, solutions
+from simclr_ddp.evaluation import logistic
+from simclr_ddp.evaluation.chunks import CHUNK
+from simclr_ddp.evaluation.lbfgs import Place, line_search
+from simclr_ddp.evaluation.logistic import Solution, choose, ridge, solutions
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +183,14 @@ def test_the_search_meets_both_conditions_from_any_first_length() -> None:
         w, direction = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
         value_0, gradient_0 = function(w)
         slope_0 = gradient_0.item()
-        t, value, gradient = logistic._search(function, w, direction, value_0, slope_0)
+        search = line_search(Place(w, value_0, gradient_0), direction, slope_0, exact=True)
+        trial, _ = next(search)
+        while True:
+            try:
+                trial, _ = search.send(function(trial))
+            except StopIteration as stop:
+                t, value, gradient = stop.value
+                break
         assert (value, gradient) == function(t)
         assert value <= value_0 + 1e-4 * t.item() * slope_0 and abs(gradient.item()) <= 0.9 * abs(slope_0)
 
@@ -302,7 +311,7 @@ def test_chunks_and_float32_change_nothing(classes: int, monkeypatch: pytest.Mon
     chosen, solution, tried = choose(x, *arguments, classes=classes, tolerance=1e-9)
     exact = choose(x.double(), *arguments, classes=classes, tolerance=1e-9)
     assert torch.equal(solution.weight, exact[1].weight) and tried == exact[2]
-    monkeypatch.setitem(logistic._CHUNK, "cpu", 7 * 12)
+    monkeypatch.setitem(CHUNK, "cpu", 7 * 12)
     again, other, retried = choose(x, *arguments, classes=classes, tolerance=1e-9)
     assert again == chosen and [t.score for t in retried] == pytest.approx([t.score for t in tried])
     torch.testing.assert_close(other.weight, solution.weight, rtol=1e-5, atol=1e-7)
@@ -325,7 +334,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("classes", [10, 0])
 def test_features_are_never_copied(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(logistic._CHUNK, "cpu", 2**12)
+    monkeypatch.setitem(CHUNK, "cpu", 2**12)
     n, d = 4000, 32
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(n) % classes if classes else x[:, :2].double()

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from simclr_ddp import scores
+from simclr_ddp.evaluation import scores
 
 
 def test_label_ranks_are_places_in_a_stable_order() -> None:
@@ -25,7 +25,7 @@ def test_wilsons_interval_is_scipys(right: int, n: int) -> None:
 def test_the_mean_per_class_counts_every_class_once() -> None:
     labels = torch.tensor([0] * 8 + [2] * 2)  # of class 1 there is no image
     hits = torch.tensor([True] * 6 + [False] * 2 + [False, True])
-    assert scores.share(hits) == pytest.approx(0.7)
+    assert scores.accuracy(hits) == pytest.approx(0.7)
     assert scores.mean_per_class(hits, labels) == pytest.approx((6 / 8 + 1 / 2) / 2)
     assert scores.mean_per_class(torch.zeros(3, dtype=torch.bool), torch.tensor([0, 5, 5])) == 0
 

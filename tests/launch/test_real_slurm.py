@@ -16,10 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import slurm, snapshot
-from simclr_ddp.metrics import read_metrics
-from tests import processes, test_parity
-from tests.test_resume import assert_equal_bits
+from launch import slurm
+from launch.cluster import batch_script, snapshot, status
+from launch.cluster import submit as submission
+from launch.cluster.settings import Slurm
+from simclr_ddp.runs.metrics import read_metrics
+from tests.support import parity_run, processes
+from tests.support.tiny_run import assert_equal_bits
 
 pytestmark = [
     pytest.mark.slurm,
@@ -196,7 +199,7 @@ def test_two_nodes_of_two_ranks_equal_four_ranks_of_torchrun(
     assert not (tmp_path / "run").exists(), "nothing is written"
     status, output = follow(options, arguments)
     assert status == 0, output
-    assert f"step {STEPS}/{STEPS}" in output and "4 ranks" in output and "is COMPLETED" in output
+    assert f"{STEPS} of {STEPS} steps" in output and "4 ranks" in output and "is COMPLETED" in output
     (submitted,) = (tmp_path / "run" / "slurm").glob("[0-9]*_submission.sh")
     assert submitted.read_text().strip() == dry.strip(), "--dry-run shows what is submitted"
     (start,) = starts(tmp_path / "run")
@@ -206,13 +209,13 @@ def test_two_nodes_of_two_ranks_equal_four_ranks_of_torchrun(
 
 @pytest.mark.slow
 def test_two_nodes_of_two_ranks_in_float64_take_the_steps_of_one_process(images: Path, tmp_path: Path) -> None:
-    status, output = processes.run("simclr_ddp.pretrain", *test_parity.settings(images, tmp_path / "alone"))
+    status, output = processes.run("simclr_ddp.pretrain", *parity_run.settings(images, tmp_path / "alone"))
     assert status == 0, output
-    arguments = test_parity.settings(images, tmp_path / "run")
+    arguments = parity_run.settings(images, tmp_path / "run")
     status, output = follow([str(processes.ROOT / "configs/slurm/cpus.yaml")], ["simclr_ddp.pretrain", *arguments])
     assert status == 0 and "running on 4 x cpu in fp64" in output, output
     assert starts(tmp_path / "run")[0]["nodes"] == ["node1", "node2"]
-    test_parity.assert_equal_runs(tmp_path / "run", tmp_path / "alone", (1, test_parity.STEPS))
+    parity_run.assert_equal_runs(tmp_path / "run", tmp_path / "alone", (1, parity_run.STEPS))
 
 
 @pytest.mark.slow
@@ -225,11 +228,11 @@ def test_an_array_of_six_with_two_at_a_time(
     commands[0] = training(images, run_dirs[0])
     commands[1].append("data.train=/no/such.beton")
     code = snapshot.sources()
-    plans = [slurm.make_plan(one, code) for one in commands]
-    array = slurm.submit_array(slurm.Slurm(cpus_per_task=2, partition="preempt"), plans, 2)
-    assert running(array) <= 2 and slurm.state(f"{array}_5").name == "PENDING"
+    plans = [submission.make_plan(one, code) for one in commands]
+    array = submission.submit_array(Slurm(cpus_per_task=2, partition="preempt"), plans, 2)
+    assert running(array) <= 2 and status.state(f"{array}_5").name == "PENDING"
     freeze(run_dirs[0], 8)
-    assert slurm.state(f"{array}_0").name == "RUNNING"
+    assert status.state(f"{array}_0").name == "RUNNING"
     command("scontrol", "requeue", f"{array}_0")  # which sends CONT and TERM
     seen = set()
     while array in command("squeue", "-h", "-o", "%F"):
@@ -237,7 +240,7 @@ def test_an_array_of_six_with_two_at_a_time(
         assert max(seen) <= 2
         time.sleep(0.3)
     assert 2 in seen
-    states = [slurm.state(f"{array}_{i}") for i in range(6)]
+    states = [status.state(f"{array}_{i}") for i in range(6)]
     assert [s.name for s in states] == ["COMPLETED", "FAILED", *["COMPLETED"] * 4] and states[1].status not in (0, 75)
     assert slurm.follow(f"{array}_1", plans[1].folder) == states[1].status
     assert "/no/such.beton" in capfd.readouterr().out
@@ -261,21 +264,43 @@ def test_a_node_without_python_ends_the_job(images: Path, tmp_path: Path, capfd:
     python.chmod(0o755)
     job = submit(capfd, [*TWO_NODES, f"python=[{python}]"], training(images, tmp_path / "run"))
     ended(job)
-    assert slurm.state(job).name == "FAILED"
-    assert "before anything was saved, as in the starts before: the job is not queued again" in log(tmp_path / "run")
+    assert status.state(job).name == "FAILED"
+    assert "before anything was saved, as in the previous starts: the job is not queued again" in log(tmp_path / "run")
+
+
+def test_the_probe_of_the_nodes_needs_no_memory(tmp_path: Path) -> None:
+    """The ranks' step still holds all of the job's; `srun --overlap` alone is then refused."""
+    (tmp_path / "script").write_text(
+        "#!/bin/bash\nsrun --cpus-per-task=2 sleep 60 &\n"
+        "until squeue -h -s -j $SLURM_JOB_ID | grep -q sleep; do sleep 0.2; done\n"
+        f". {batch_script.REQUEUE}\nnode_failed none 0; echo answer $?\nscancel $SLURM_JOB_ID"
+    )
+    options = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", f"--output={tmp_path}/log"]
+    ended(command("sbatch", "--parsable", *options, str(tmp_path / "script")))
+    assert "answer 1" in (tmp_path / "log").read_text().splitlines()
+
+
+def test_variables_reach_the_job_but_no_file(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SBATCH_PARTITION", "preempt")
+    secret = "hunter" * 2
+    options = [f"environment=[MY_KEY={secret}]", "sbatch=[--mem-per-cpu=300M]", "setup=['echo $MY_KEY | rev']"]
+    status, output = follow(options, training(images, tmp_path / "run"))
+    assert status == 0 and secret[::-1] in output, output
+    job = starts(tmp_path / "run")[0]["job"]
+    assert command("sacct", "-X", "-n", "-P", "-o", "Partition,ReqMem", "-j", job) == "preempt|2400M"
+    for path in (tmp_path / "run").rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
 
 
 @pytest.mark.slow
-def test_the_sbatch_template_saves_and_goes_on(
-    images: Path, tmp_path: Path, undisturbed: Callable[[int], Path], capfd: pytest.CaptureFixture[str]
+def test_the_sbatch_script_with_torchrun_saves_and_resumes(
+    images: Path, tmp_path: Path, undisturbed: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = str(processes.ROOT / "configs/slurm/cpus.yaml")
-    arguments = training(images, tmp_path / "run")
-    python = str(Path(os.sys.executable))
-    assert slurm.main([config, f"python=[{python}]", "--print-sbatch", "--", *arguments]) == 0
-    file = tmp_path / "job.sh"
-    file.write_text(capfd.readouterr().out)
-    job = command("sbatch", "--parsable", f"--chdir={processes.ROOT}", f"--output={tmp_path}/log", str(file))
+    file, arguments = "configs/slurm/torchrun.sbatch", training(images, tmp_path / "run")
+    options = ["--nodes=2", "--gpus-per-node=2", "--cpus-per-task=4", "--time=30", f"--output={tmp_path}/log"]
+    monkeypatch.setenv("PYTHON", os.sys.executable)
+    monkeypatch.chdir(processes.ROOT)
+    job = command("sbatch", "--parsable", *options, file, *arguments)
     pids = freeze(tmp_path / "run", 8)
     assert len(pids) == 4
     command("scancel", "--batch", "--signal=USR1", job)
@@ -304,7 +329,6 @@ def test_preempted_and_requeued_it_ends_bitwise_equal(
     ended(job)
     assert [start["after"] for start in starts(run_dir)] == ["submission", "preemption", "scontrol requeue"]
     assert [start["start"] for start in starts(run_dir)] == [0, 1, 2]
-    assert len({start["master_port"] for start in starts(run_dir)}) == 1, "a requeue keeps its port"
     assert log(run_dir).count("paused at step") == 2
     assert_same(run_dir, undisturbed(2))
 
@@ -320,6 +344,31 @@ def test_told_before_it_can_listen(images: Path, tmp_path: Path, capfd: pytest.C
     ended(job)
     assert starts(run_dir)[-1]["start"] == 2 and starts(run_dir)[-1]["after"] == "preemption"
     assert (run_dir / "encoder.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_every_signal_saves_and_a_suspension_does_nothing(
+    images: Path, tmp_path: Path, undisturbed: Callable[[int], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The job is suspended for longer than the command's `timeout`."""
+    run_dir = tmp_path / "run"
+    job = submit(capfd, TWO_NODES, training(images, run_dir, "timeout=12"))
+    for start, number in enumerate(("INT", "HUP", "USR2"), 1):
+        pids = freeze(run_dir, 2 + 8 * (start - 1))
+        command("scancel", f"--signal={number}", job)
+        wait(lambda pids=pids: all(told(pid) for pid in pids), 30)
+        thaw(pids)
+        wait(lambda start=start: len(starts(run_dir)) == start + 1, 90)
+    thaw(freeze(run_dir, 28))
+    command("scontrol", "suspend", job)
+    wait(lambda: state(job) == "SUSPENDED", 30)
+    time.sleep(30)
+    command("scontrol", "resume", job)
+    ended(job)
+    assert [start["after"] for start in starts(run_dir)] == ["submission", "SIGINT", "SIGHUP", "SIGUSR2"]
+    assert log(run_dir).count("paused at step") == 3 and log(run_dir).count(f"job {job} is queued again") == 3
+    assert "Traceback" not in log(run_dir)
+    assert_same(run_dir, undisturbed(2))
 
 
 @pytest.mark.slow

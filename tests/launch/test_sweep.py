@@ -1,9 +1,10 @@
-"""Sweeps whose trials are stubs (tests.stub_trial), in seconds; and, marked so, with real training and real SLURM."""
+"""Sweeps whose trials are stubs (stub_trial.py), in seconds; and, marked so, with real training and real SLURM."""
 
 import csv
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,20 +20,26 @@ from typing import Any
 
 import optuna
 import pytest
-import torch
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState
 
-from launch import slurm, summary, sweep, sweep_report, trials
-from launch.plan import Sweep
-from simclr_ddp import config, pretrain
-from simclr_ddp.config import Pretrain
-from tests import processes
-from tests.test_cli import only_error
-from tests.test_slurm import training
+from launch import summary, sweep
+from launch.cluster import status
+from launch.cluster import submit as submission
+from launch.cluster.settings import Plan, Slurm
+from launch.search import report, results, trials
+from launch.search.plan import Sweep
+from simclr_ddp import pretrain
+from simclr_ddp.config import schema
+from simclr_ddp.config.options import build, parse_override, read_yaml
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.system import signals
+from tests.launch.test_real_slurm import training
+from tests.support import processes
+from tests.support.output import only_error
 
 CONFIGS = sorted((processes.ROOT / "configs" / "sweep").glob("*.yaml"))
-STUB = [sys.executable, str(processes.ROOT / "tests" / "stub_trial.py")]
+STUB = [sys.executable, str(processes.ROOT / "tests" / "launch" / "stub_trial.py")]
 TEMPERATURES = "space.loss.temperature.log=[0.1, 1]"
 
 
@@ -40,10 +47,13 @@ TEMPERATURES = "space.loss.temperature.log=[0.1, 1]"
 def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trials.Processes, "POLL", 0.02)
+    monkeypatch.setattr(sweep, "count_gpus", lambda: "0")  # which starts a process that imports torch
     if "real" in request.node.name:
         monkeypatch.setenv("PYTHONPATH", str(processes.ROOT))
     else:
         monkeypatch.setattr(trials, "PRETRAIN", STUB)
+    if request.node.name != "test_the_best_is_a_config_that_gives_its_trial":
+        monkeypatch.setattr(report, "save", lambda figure, path: path.touch())
 
 
 def options(images: Path, *more: str) -> list[str]:
@@ -91,6 +101,14 @@ class Forked:
         return status, self.output.read_text()
 
     def kill(self) -> None:
+        """While it does not hold the journal's lock, which the next sweep would take for abandoned after 30 s only."""
+        os.kill(self.pid, signal.SIGSTOP)
+        os.waitpid(self.pid, os.WUNTRACED)
+        while Path("here/optuna.journal.lock").exists():
+            os.kill(self.pid, signal.SIGCONT)
+            time.sleep(0.01)
+            os.kill(self.pid, signal.SIGSTOP)
+            os.waitpid(self.pid, os.WUNTRACED)
         os.kill(self.pid, signal.SIGKILL)
         self.finish()
 
@@ -138,7 +156,7 @@ def test_finished_failed_killed_and_pruned_trials(images: Path, capfd: pytest.Ca
     report = Path("here/report.md").read_text()
     assert "ended early" in report and "error: step 3: it diverges" in report
     finished = list(states.values()).count("finished")
-    assert f"No importances: they take 8 finished trials, of which there are {finished}." in report
+    assert f"No importances: they need 8 finished trials, and there are {finished}." in report
     assert not Path("here/importances.png").exists() and Path("here/parallel.png").exists()
 
 
@@ -151,8 +169,8 @@ def test_a_trial_that_is_behind_at_its_last_epoch_has_finished(images: Path, mon
 
 def seed_with(arguments: list[str], wanted: Callable[[list[dict[str, Any]]], bool]) -> int:
     """The first seed whose trials draw what is wanted."""
-    entries = dict(config.parse_override(argument) for argument in arguments)
-    plan = sweep.make_plan(config.build(Sweep, [("the test", entries)]))
+    entries = dict(parse_override(argument) for argument in arguments)
+    plan = sweep.make_plan(build(Sweep, [("the test", entries)]))
     seeds = (replace(plan, seed=seed) for seed in range(20000))
     return next(p.seed for p in seeds if wanted([p.drawn(number)[1] for number in range(plan.count)]))
 
@@ -164,14 +182,14 @@ def log(number: int) -> str:
 def test_the_best_is_a_config_that_gives_its_trial(images: Path) -> None:
     assert sweep.main(options(images, TEMPERATURES, "trials=9", "pruner=none", "at_once=4")) == 0
     best = max(table(), key=lambda row: float(row["probe_top1"]))
-    values = config.read_yaml("here/best.yaml")
-    taken = config.build(Pretrain, [("here/best.yaml", values)])
-    ran = config.build(Pretrain, [("trial", config.read_yaml(f"{best['run_dir']}/trial.yaml"))])
-    assert config.result_keys(taken) == config.result_keys(ran)
+    values = read_yaml("here/best.yaml")
+    taken = build(Pretrain, [("here/best.yaml", values)])
+    ran = build(Pretrain, [("trial", read_yaml(f"{best['run_dir']}/trial.yaml"))])
+    assert schema.result_keys(taken) == schema.result_keys(ran)
     assert taken.loss.temperature == float(best["loss.temperature"]) == float(best["probe_top1"])
     assert (taken.run_dir, taken.name) == ("", "sweep-best") and taken.data.train == str(images)
     names = {path.name for path in Path("here").iterdir()}
-    figures = {"history.png", "importances.png", "parallel.png"}
+    figures = {"history.png", "curves.png", "importances.png", "parallel.png"}
     assert names >= figures | {"trials.csv", "report.md", "sweep.yaml", "optuna.journal"}
     assert all(0 < Path("here", name).stat().st_size < 300_000 for name in figures)
     assert [row["trial"] for row in table()] == [str(n) for n in range(9)]
@@ -217,7 +235,7 @@ def last_below_median(images: Path) -> list[str]:
 
 def test_trials_side_by_side_share_the_devices_that_there_are(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(sweep, "count_gpus", lambda: "2")
     assert sweep.main(options(images, TEMPERATURES, "trials=2", "at_once=2", "pruner=none")) == 0
     assert {starts(number)[0].split()[1] for number in range(2)} == {"0", "1"}
     assert sweep.main([*options(images, TEMPERATURES, "trials=1", "pruner=none"), "sweep_dir=one"]) == 0
@@ -245,9 +263,9 @@ def test_two_sweeps_in_one_storage(images: Path, capfd: pytest.CaptureFixture[st
     assert [row["state"] for folder in ("one", "two") for row in table(folder)] == ["finished"] * 6
     capfd.readouterr()
     assert sweep.main([*options(images, *shared), "name=one", "sweep_dir=two"]) == 2
-    assert "sweep_dir is two, but the sweep one in all.journal was begun with one" in only_error(capfd)
+    assert "sweep_dir=two: the sweep one in all.journal was begun with one; set name=" in only_error(capfd)
     assert sweep.main([*options(images, *shared), "name=three", "sweep_dir=two"]) == 2
-    assert "sweep_dir=two is of the sweep two" in only_error(capfd)
+    assert "sweep_dir=two: it belongs to the sweep two; choose another" in only_error(capfd)
 
 
 # --- interrupted ----------------------------------------------------------------------------------------------------
@@ -265,13 +283,13 @@ def test_killed_it_goes_on(images: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert [t.state.name for t in running] == ["RUNNING"] * 2
     dead = running[1].user_attrs["handle"]["pid"]
     os.kill(dead, signal.SIGKILL)
-    while trials._start_time(dead):
+    while trials.start_time(dead):
         time.sleep(0.01)
     with Path("here/optuna.journal").open("ab") as file:
         file.write(b'{"op_code": 6, "wor')  # half a line, as of a full disk
     Path("here/hold").unlink()
     assert sweep.main(arguments) == 0
-    assert "trial 1 is taken up again" in capfd.readouterr().out
+    assert "trial 1 is started again" in capfd.readouterr().out
     rows = table()
     assert [row["state"] for row in rows] == ["finished"] * 6 and len(study().trials) == 6
     assert all(row["probe_top1"] == row["loss.temperature"] and row["epochs"] == "4" for row in rows)
@@ -280,6 +298,57 @@ def test_killed_it_goes_on(images: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert len(again[1]) == 2 and [len(found) for found in again[2:]] == [1] * 4
     assert sweep.main(arguments) == 0, "finished, it says so again"
     assert again == [starts(number) for number in range(6)] and table() == rows
+
+
+def test_killed_between_the_start_of_a_trial_and_its_note(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The trial has not begun, so that none trains on of which the sweep knows nothing."""
+    arguments = options(images, TEMPERATURES, "pruner=none", "trials=1")
+
+    def killed(self: optuna.Trial, key: str, value: Any) -> None:
+        if key == "handle":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optuna.Trial, "set_user_attr", killed)
+        assert sweep.main(arguments) == 130
+    assert [t.state.name for t in study().trials] == ["RUNNING"], "it is known before it begins"
+    time.sleep(0.3)
+    assert not starts(0)
+    assert sweep.main(arguments) == 0
+    assert len(starts(0)) == 1 and [row["state"] for row in table()] == ["finished"]
+
+
+def test_a_trial_that_another_process_trains_has_not_failed(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = options(images, "grid.loss.kernel=[laplacian]", "set.loss.temperature=0.5")
+    Path("here/trials/0000").mkdir(parents=True)
+    hold = "import fcntl; f = open('here/trials/0000/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    hold += "print(1, flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline()
+    assert sweep.main(arguments) == 75
+    assert "trial 0: another process trains in here/trials/0000; " in capfd.readouterr().out
+    assert [row["state"] for row in table()] == ["not done"] and len(starts(0)) == 1 + sweep.AGAIN
+    holder.communicate(b"\n")
+    Path("here/fixed").touch()
+    assert sweep.main(arguments) == 0 and [row["state"] for row in table()] == ["finished"]
+
+
+def test_failed_trials_run_again_on_request(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = options(images, "grid.loss.kernel=[cosine, laplacian, simple_sum]", "set.loss.temperature=0.5")
+    assert sweep.main(arguments) == 0
+    assert [row["state"] for row in table()] == ["finished", "failed", "failed"]
+    assert table()[2]["error"] == "it finished with probe_top1=nan after 4 epochs" and table()[2]["epochs"] == "1"
+    assert "2 trials failed; the same command with retry=failed runs them again" in capfd.readouterr().out
+    Path("here/fixed").touch()
+    assert sweep.main(arguments) == 0 and len(starts(1)) == 1, "not without the request"
+    assert sweep.main([*arguments, "retry=failed"]) == 0
+    assert [row["state"] for row in table()] == ["finished", "finished", "failed"]
+    assert [len(starts(number)) for number in range(3)] == [1, 2, 2]
+    assert [row["trial"] for row in table()] == ["0", "1", "2"] and len(study().trials) == 5
+    told = capfd.readouterr().out
+    assert "trial 1 failed and is run again: error: step 3: it diverges" in told and "3 of 3 done" in told
 
 
 def test_killed_its_trial_lives_on(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -305,7 +374,7 @@ def test_ctrl_c_saves_the_trials_and_the_same_command_goes_on(images: Path) -> N
     process.wait(lambda: Path("here/trials/0000/metrics.jsonl").exists())
     os.kill(process.pid, signal.SIGINT)
     status, output = process.finish()
-    assert status == 75 and "stopped with 0 of 3 trials done; go on: python -m launch.sweep" in output, output
+    assert status == 75 and "stopped with 0 of 3 trials done; continue: python -m launch.sweep" in output, output
     assert "paused" in log(0) and [row["state"] for row in table()] == ["not done"]
     Path("here/hold").unlink()
     assert sweep.main(arguments) == 0
@@ -314,14 +383,15 @@ def test_ctrl_c_saves_the_trials_and_the_same_command_goes_on(images: Path) -> N
 
 
 def test_ctrl_c_as_a_trial_ends_starts_no_other(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = sweep.Search._record
+    write = report.write
 
-    def recorded(self: sweep.Search, *arguments: Any) -> None:
-        record(self, *arguments)
-        os.kill(os.getpid(), signal.SIGINT)
+    def written(*arguments: Any, **options: Any) -> Any:
+        if not options:  # after each trial
+            os.kill(os.getpid(), signal.SIGINT)
+        return write(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sweep.Search, "_record", recorded)
+        patched.setattr(report, "write", written)
         assert sweep.main(options(images, TEMPERATURES, "pruner=none", "trials=3")) == 75
     assert [row["state"] for row in table()] == ["finished"] and not starts(1)
     assert sweep.main(options(images, TEMPERATURES, "pruner=none", "trials=3")) == 0
@@ -336,13 +406,11 @@ def test_trials_that_were_cut_off_start_again_as_many_as_may_run(images: Path) -
     process.wait(lambda: all(Path(f"here/trials/000{number}/metrics.jsonl").exists() for number in (0, 1)))
     os.kill(process.pid, signal.SIGTERM)
     assert process.finish()[0] == 75
-    process = Forked([*arguments, "at_once=1"])
-    process.wait(lambda: len(starts(0)) == 2)
-    time.sleep(0.5)
-    assert len(starts(1)) == 1, "it waits"
     Path("here/hold").unlink()
-    assert process.finish()[0] == 0
+    assert sweep.main([*arguments, "at_once=1"]) == 0
     assert [len(starts(number)) for number in (0, 1)] == [2, 2]
+    end, start = (Path(f"here/trials/{name}").stat().st_mtime_ns for name in ("0000/config.yaml", "0001/starts"))
+    assert end < start, "the second waits until the first has finished"
 
 
 def json_lines(number: int) -> list[dict[str, Any]]:
@@ -357,14 +425,14 @@ def test_a_second_process_and_other_settings_are_refused(images: Path, capfd: py
     try:
         process.wait(lambda: starts(0))
         assert sweep.main(arguments) == 2
-        assert "another process runs the sweep in here" in only_error(capfd)
+        assert "sweep_dir=here: another process runs this sweep; wait for it" in only_error(capfd)
     finally:
         Path("here/hold").unlink()
     assert process.finish()[0] == 0
     for change, told in {
-        "space.loss.temperature.log=[0.1, 0.9]": "space.loss.temperature.log is [0.1, 0.9], but the sweep sweep in",
-        "set.optim.epochs=5": "optim.epochs is 5, but",
-        "seed=1": "seed of the sweep is 1, but",
+        "space.loss.temperature.log=[0.1, 0.9]": "space.loss.temperature.log=[0.1, 0.9]: the sweep sweep in",
+        "set.optim.epochs=5": "optim.epochs=5: the sweep",
+        "seed=1": "seed of the sweep=1: the sweep",
     }.items():
         assert sweep.main([*arguments, change]) == 2
         assert told in only_error(capfd)
@@ -378,19 +446,36 @@ def test_a_second_process_and_other_settings_are_refused(images: Path, capfd: py
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["set.probe.enabled=false"], "would not have metric=probe_top1: probe.enabled=false; set.probe.enabled=true"),
-        (["set.data.train=spirograph"], "data.train=spirograph has no classes; metric=contrastive_top1 does without"),
+        (
+            ["set.probe.enabled=false"],
+            "metric=probe_top1: trial 0 would not have it, as probe.enabled=false; set.probe.enabled=true",
+        ),
+        (["set.monitor.every_epochs=1"], "): monitor.images=2000: data.train="),
+        (["metric=monitor_rankme"], "as monitor.every_epochs=0; set.monitor.every_epochs=1"),
+        (
+            ["metric=monitor_lidar", "set.monitor.every_epochs=1", "set.monitor.images=40", "set.monitor.views=0"],
+            "as monitor.views=0; set.monitor.views=10",
+        ),
+        (
+            ["metric=monitor_knn_top1", "set.monitor.every_epochs=1", "set.data.train=spirograph"],
+            "data.train=spirograph has no classes; set metric=monitor_rankme",
+        ),
+        (
+            ["metric=monitor_rankme", "set.monitor.every_epochs=3", "set.monitor.images=40", "set.optim.steps=12"],
+            "monitor.every_epochs=3 and it ends in epoch 3; measure more often",
+        ),
+        (["set.data.train=spirograph"], "data.train=spirograph has no classes; set metric=contrastive_top1"),
         (["set.data.train=missing.beton"], "missing.beton"),
-        (["set.optim.steps=3"], "its 3 steps are no whole epoch of 5"),
-        (["grace_epochs=4"], "no trial has more than 4 epochs, so none could end early"),
+        (["set.optim.steps=3"], "its 3 steps are not one epoch of 5"),
+        (["grace_epochs=4"], "grace_epochs=4: trials have at most 4 epochs, so none could end early"),
         (["space.loss.norm_p.choice=[1, 2]", "space.loss.kernel.choice=[arccos]"], "trial 0 (loss.temperature="),
-        (["space.loss.gamma={choice: [1], when: {loss.kernel: laplacian}}"], "never holds: loss.kernel is one of"),
-        (["grid.seed=[0, 1]"], "space and grid are both: one of them is wanted"),
-        (["devices=['0,1']"], "one device a trial is wanted"),
-        (["set.run_dir=x"], "run_dir of each trial is chosen by the sweep"),
-        (["metric=accuracy"], "metric=accuracy is not known"),
+        (["space.loss.gamma={choice: [1], when: {loss.kernel: laplacian}}"], "it never holds; loss.kernel is one of"),
+        (["grid.seed=[0, 1]"], "space and grid are both set; set one of them"),
+        (["devices=['0,1']"], "devices=['0,1']: not one device per entry"),
+        (["set.run_dir=x"], "set.run_dir: the sweep chooses it for each trial"),
+        (["metric=accuracy"], "metric=accuracy: unknown value; choose one of probe_top1"),
         (["slurm=none.yaml"], "config file none.yaml does not exist"),
-        (["set.optim.epoch=1"], "unknown option optim.epoch in set: did you mean optim.epochs?"),
+        (["set.optim.epoch=1"], "unknown option optim.epoch in set; did you mean optim.epochs?"),
     ],
 )
 def test_mistakes(more: list[str], told: str, images: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -412,12 +497,12 @@ def test_a_file_and_the_command_line_say_the_same(images: Path, capfd: pytest.Ca
     assert sweep.main(["--help"]) == 0
     assert "space                            a mapping" in capfd.readouterr().out
     assert sweep.main(["space=3"]) == 2
-    assert "space=3 in the command line: a mapping is wanted" in only_error(capfd)
+    assert "space=3 in the command line: must be a mapping" in only_error(capfd)
 
 
 def test_a_sweep_without_a_finished_trial(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert sweep.main([*options(images, "space.loss.kernel.choice=[laplacian]"), "trials=2"]) == 1
-    assert "error: none of the trials finished; the first that failed: error: step 3" in capfd.readouterr().err
+    assert "error: none of the trials finished; the first error: error: step 3" in capfd.readouterr().err
     assert not Path("here/best.yaml").exists() and Path("here/history.png").exists()
 
 
@@ -444,7 +529,7 @@ def test_a_shipped_config(path: Path, images: Path, monkeypatch: pytest.MonkeyPa
 
 def ended(count: int, *others: tuple[TrialState, float | None]) -> tuple[sweep.Plan, optuna.Study]:
     """A study of so many finished trials, and others that ended otherwise, whose last value is given."""
-    plan = sweep.make_plan(config.build(Sweep, [("the test", {"space.loss.temperature.log": [0.1, 1], "trials": 20})]))
+    plan = sweep.make_plan(build(Sweep, [("the test", {"space.loss.temperature.log": [0.1, 1], "trials": 20})]))
     study = optuna.create_study(direction="maximize")
     distribution = {"loss.temperature": optuna.distributions.FloatDistribution(0.1, 1, log=True)}
     for number, (state, value) in enumerate([(TrialState.COMPLETE, None)] * count + list(others)):
@@ -463,32 +548,17 @@ def ended(count: int, *others: tuple[TrialState, float | None]) -> tuple[sweep.P
 
 
 def test_importances_by_any_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sweep_report.importances(ended(8)[1], "loss")[0].keys() == {"loss.temperature"}
-    found = sweep_report.importances(ended(7)[1], "loss")
-    assert found == ({}, "no importances: they take 8 finished trials, of which there are 7")
+    assert report.importances(ended(8)[1], "loss")[0].keys() == {"loss.temperature"}
+    found = report.importances(ended(7)[1], "loss")
+    assert found == ({}, "no importances: they need 8 finished trials, and there are 7")
     taken: list[float] = []
 
     def before_4_7(*, baseline_quantile: float = 0.1, evaluate_on_local: bool = True) -> None:
         taken.append(baseline_quantile)
 
-    monkeypatch.setattr(sweep_report, "PedAnovaImportanceEvaluator", before_4_7)
-    monkeypatch.setattr(sweep_report, "get_param_importances", lambda study, evaluator: {"a": 0.0, "b": math.nan})
-    assert sweep_report.importances(ended(8)[1], "loss") == ({"a": 0.0}, "") and taken == [sweep_report.GOOD]
-
-
-def test_parallel_coordinates_of_trials_that_ended_otherwise() -> None:
-    others = [(TrialState.PRUNED, 0.3), (TrialState.FAIL, 0.2), (TrialState.FAIL, None), (TrialState.FAIL, math.nan)]
-    plan, study = ended(2, *others)
-    figure = sweep_report.parallel(study.trials, plan, study, "probe_top1")
-    assert figure is not None
-    axis = figure.axes[0]
-    shown = {(line.get_label(), line.get_alpha()) for line in axis.lines[:4]}
-    assert shown == {("finished", 0.8), ("ended early", 0.25), ("failed", 0.25)}
-    assert [line.get_label() for line in axis.lines[2:4]] == ["finished"] * 2, "on top"
-    assert "2 that failed without a value are not drawn" in axis.get_title(loc="left")
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["failed", "ended early", "finished"]
-    plan, study = ended(0, (TrialState.FAIL, None))
-    assert sweep_report.parallel(study.trials, plan, study, "probe_top1") is None
+    monkeypatch.setattr(report, "PedAnovaImportanceEvaluator", before_4_7)
+    monkeypatch.setattr(report, "get_param_importances", lambda study, evaluator: {"a": 0.0, "b": math.nan})
+    assert report.importances(ended(8)[1], "loss") == ({"a": 0.0}, "") and taken == [report.GOOD]
 
 
 # --- the grid -------------------------------------------------------------------------------------------------------
@@ -513,7 +583,7 @@ def test_a_grid(images: Path) -> None:
 def test_a_grid_is_one_job_array(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
 
-    def submit_array(settings: slurm.Slurm, plans: list[slurm.Plan], at_once: int) -> str:
+    def submit_array(settings: Slurm, plans: list[Plan], at_once: int) -> str:
         asked.append((len(plans), at_once))
         for i, plan in enumerate(plans):
             plan.folder.mkdir()
@@ -521,9 +591,9 @@ def test_a_grid_is_one_job_array(images: Path, monkeypatch: pytest.MonkeyPatch) 
                 subprocess.run([*STUB, plan.command[1]], stdout=log, check=False)
         return "77"
 
-    monkeypatch.setattr(slurm, "submit_array", submit_array, raising=False)
-    ended = {"77_0": slurm.State("COMPLETED"), "77_1": slurm.State("FAILED", 1), "77_2": slurm.State("COMPLETED")}
-    monkeypatch.setattr(slurm, "states", lambda jobs: {job: ended[job] for job in jobs})
+    monkeypatch.setattr(submission, "submit_array", submit_array)
+    ended = {"77_0": status.State("COMPLETED"), "77_1": status.State("FAILED", 1), "77_2": status.State("COMPLETED")}
+    monkeypatch.setattr(status, "states", lambda jobs: {job: ended[job] for job in jobs})
     Path("jobs.yaml").write_text("minutes: 10\n")
     arguments = options(images, "grid.loss.kernel=[cosine, laplacian, gaussian]", "slurm=jobs.yaml", "at_once=2")
     assert sweep.main(arguments) == 0
@@ -538,21 +608,21 @@ def test_a_job_that_falls_behind_is_cancelled(images: Path, monkeypatch: pytest.
     jobs: list[subprocess.Popen[bytes]] = []
     run = subprocess.run
 
-    def submit(settings: slurm.Slurm, plan: slurm.Plan) -> str:
+    def submit(settings: Slurm, plan: Plan) -> str:
         jobs.append(subprocess.Popen([*STUB, plan.command[1]]))
         return str(len(jobs) - 1)
 
-    def states(asked: list[str]) -> dict[str, slurm.State]:
-        names = {None: "RUNNING", 0: "COMPLETED", pretrain.PAUSED: "CANCELLED"}
-        return {job: slurm.State(names[jobs[int(job)].poll()]) for job in asked}
+    def states(asked: list[str]) -> dict[str, status.State]:
+        names = {None: "RUNNING", 0: "COMPLETED", signals.PAUSED: "CANCELLED"}
+        return {job: status.State(names[jobs[int(job)].poll()]) for job in asked}
 
     def scancel(command: list[str], **more: Any) -> Any:
         if command[:2] == ["scancel", "--quiet"]:  # scancel's -q is a quality of service
             return jobs[int(command[-1])].terminate()
         return run(command, **more)
 
-    monkeypatch.setattr(slurm, "submit", submit)
-    monkeypatch.setattr(slurm, "states", states)
+    monkeypatch.setattr(submission, "submit", submit)
+    monkeypatch.setattr(status, "states", states)
     monkeypatch.setattr(subprocess, "run", scancel)
     monkeypatch.setattr(trials.Jobs, "POLL", 0.02)
     Path("jobs.yaml").write_text("minutes: 10\n")
@@ -584,6 +654,7 @@ echo "Submitted batch job $job"
     )
     for folder in ("bin", "scripts", "state"):
         (here / folder).mkdir(parents=True)
+    scontrol = f'[ "$1 $2" != "show config" ] || {{ cat limits 2>/dev/null; exit 0; }}\n{scontrol}'
     squeue = 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1'  # it says so of jobs that have ended
     for name, content in (("sbatch", sbatch), ("scontrol", scontrol), ("squeue", squeue), ("srun", "")):
         begin = f'#!/bin/bash\nscript=$(realpath "${{@: -1}}")\ncd {here} || exit 1\n'
@@ -617,11 +688,19 @@ def test_a_grid_of_jobs_all_at_once(images: Path, cluster: Path, capfd: pytest.C
         assert copy.read_text() == (folder / "trial.yaml").read_text()
 
 
+def test_a_grid_above_the_largest_array_runs_in_parts(images: Path, cluster: Path) -> None:
+    (cluster / "limits").write_text("MaxArraySize            = 2\nSchedulerParameters     = max_array_tasks=1000\n")
+    assert sweep.main(options(images, "grid.seed=[0, 1, 2, 3, 4]", "slurm=jobs.yaml")) == 0
+    found = [re.search(r"--array=(\S+)\n", script) for script in scripts(cluster)]
+    assert [match[1] if match else "" for match in found] == ["0-1%2", "0-1%2", ""]
+    assert [row["state"] for row in table()] == ["finished"] * 5 and sum(len(starts(n)) for n in range(5)) == 5
+
+
 def test_jobs_of_their_own_are_told_apart(images: Path, cluster: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert sweep.main([*options(images, TEMPERATURES), "trials=2", "slurm=jobs.yaml"]) == 0
     assert [f"\n#SBATCH --job-name=sweep-000{n}\n" in script for n, script in enumerate(scripts(cluster))] == [True] * 2
     log = "here/trials/0001/slurm/72_0_log.out"
-    assert f"trial 1: job 72, its log {log}; cancel: scancel 72" in capfd.readouterr().out
+    assert f"trial 1: job 72, log {log}; cancel: scancel 72" in capfd.readouterr().out
 
 
 def test_a_refused_array_is_submitted_again_as_one(
@@ -641,10 +720,10 @@ def test_a_refused_trial_waits(
     images: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[str] = []
-    submit = slurm.submit
+    submit = submission.submit
     (cluster / "state" / "71").write_text("RUNNING")
 
-    def sometimes(settings: slurm.Slurm, plan: slurm.Plan) -> str:
+    def sometimes(settings: Slurm, plan: Plan) -> str:
         asked.append(plan.run_dir.name)
         (cluster / "refuse").touch()
         if len(asked) not in (2, 3):
@@ -653,11 +732,11 @@ def test_a_refused_trial_waits(
             (cluster / "state" / "71").unlink()
         return submit(settings, plan)
 
-    monkeypatch.setattr(slurm, "submit", sometimes)
+    monkeypatch.setattr(submission, "submit", sometimes)
     assert sweep.main([*options(images, TEMPERATURES), "trials=4", "slurm=jobs.yaml", "at_once=3"]) == 0
     assert asked == ["0000", "0001", "0001", "0001", "0002", "0003"], "a refusal is the last question of a look"
     told = capfd.readouterr().out.splitlines()
-    refused = "trial 1 waits, and is tried again: SLURM refuses the job: too many jobs"
+    refused = "trial 1 waits and is submitted again later: SLURM refuses the job: too many jobs"
     assert [line for line in told if "refuses" in line] == [refused]
     assert [row["state"] for row in table()] == ["finished"] * 4 and len(scripts(cluster)) == 4
 
@@ -666,14 +745,14 @@ def test_a_refusal_while_nothing_runs(
     images: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*options(images, TEMPERATURES), "trials=3", "slurm=jobs.yaml", "at_once=1"]
-    record = sweep.Search._record
+    write = report.write
 
-    def recorded(self: sweep.Search, *more: Any) -> None:
-        record(self, *more)
+    def written(*more: Any, **options: Any) -> Any:
         (cluster / "refuse").touch()
+        return write(*more, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sweep.Search, "_record", recorded)
+        patched.setattr(report, "write", written)
         assert sweep.main(arguments) == 2
     assert "error: SLURM refuses the job: too many jobs" in only_error(capfd)
     (cluster / "refuse").unlink()
@@ -691,8 +770,8 @@ def test_trials_whose_jobs_are_cut_off(
     assert sweep.main(options(images, *GRID)) == 75
     told = capfd.readouterr().out
     last = 70 + jobs
-    assert f"trial 2: its job {last}_2 ended as {state}; it is saved, and the next start of the sweep goes on" in told
-    assert "stopped with 0 of 3 trials done; go on: python -m launch.sweep" in told
+    assert f"trial 2: its job {last}_2 ended as {state}; it is saved, and the next start of the sweep continues" in told
+    assert "stopped with 0 of 3 trials done; continue: python -m launch.sweep" in told
     assert [row["state"] for row in table()] == ["not done"] * 3 and len(scripts(cluster)) == jobs
     (cluster / "hold").unlink()
     (cluster / "state" / str(last + 1)).write_text("COMPLETED")
@@ -702,11 +781,11 @@ def test_trials_whose_jobs_are_cut_off(
 
 
 def test_an_array_that_was_not_noted_is_found(images: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(self: sweep.Search, r: sweep.Running, handle: trials.Handle) -> None:
+    def killed(self: optuna.Trial, key: str, value: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(sweep.Search, "_begun", killed)
+        patched.setattr(optuna.Trial, "set_user_attr", killed)  # which records the handle
         assert sweep.main(options(images, *GRID)) == 130
     assert not any("handle" in t.user_attrs for t in study().trials)
     assert sweep.main(options(images, *GRID)) == 0
@@ -714,14 +793,14 @@ def test_an_array_that_was_not_noted_is_found(images: Path, cluster: Path, monke
 
 
 def test_the_newest_job_of_a_run(tmp_path: Path) -> None:
-    assert trials.queued(tmp_path) is None
+    assert results.queued(tmp_path) is None
     (tmp_path / "slurm").mkdir()
     for age, name in enumerate(["88_submitted.pkl", "77_0_submitted.pkl", "9_submitted.pkl", "99_submission.sh"]):
         (tmp_path / "slurm" / name).touch()
         os.utime(tmp_path / "slurm" / name, (1000 - age, 1000 - age))
-    assert trials.queued(tmp_path) == {"job": "88"}
+    assert results.queued(tmp_path) == {"job": "88"}
     os.utime(tmp_path / "slurm" / "77_0_submitted.pkl", (2000, 2000))
-    assert trials.queued(tmp_path) == {"job": "77_0"}
+    assert results.queued(tmp_path) == {"job": "77_0"}
 
 
 def test_the_error_of_a_job_is_that_of_its_command(tmp_path: Path) -> None:
@@ -733,10 +812,10 @@ def test_the_error_of_a_job_is_that_of_its_command(tmp_path: Path) -> None:
     }
     for name, text in logs.items():
         (tmp_path / name).write_text(text)
-    assert trials.job_error(tmp_path, "7") == "error: rank 1: step 3: it diverges"
+    assert results.job_error(tmp_path, "7") == "error: rank 1: step 3: it diverges"
     (tmp_path / "7_1_log.out").unlink()
-    assert trials.job_error(tmp_path, "7") == "error: lost the other ranks (x): the first says why"
-    assert trials.job_error(tmp_path, "8") == wrapper.format(0) and not trials.job_error(tmp_path, "9")
+    assert results.job_error(tmp_path, "7") == "error: lost the other ranks (x): the first says why"
+    assert results.job_error(tmp_path, "8") == wrapper.format(0) and not results.job_error(tmp_path, "9")
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
@@ -745,7 +824,7 @@ def test_a_mistake_in_the_settings_of_the_jobs(
 ) -> None:
     Path("jobs.yaml").write_text("gpus_per_node: 2\ntasks_per_node: 3\n")
     assert sweep.main(options(images, *GRID, *more)) == 2
-    assert "slurm=jobs.yaml: tasks_per_node=3 with gpus_per_node=2" in only_error(capfd)
+    assert "slurm=jobs.yaml: tasks_per_node=3: each of gpus_per_node=2" in only_error(capfd)
     assert not Path("here").exists()
 
 
@@ -754,15 +833,18 @@ def test_without_slurm_or_submitit(
     more: list[str], images: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = options(images, *GRID, *more)
-    way_out = "leave slurm= out, and the trials are processes of this machine"
+    way_out = "leave slurm out to run the trials on this machine"
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "which", lambda name: None)
         assert sweep.main(arguments) == 2
-        assert f"slurm=jobs.yaml: no SLURM on this machine (sbatch is not there); {way_out}" in only_error(capfd)
+        assert (
+            f"slurm=jobs.yaml: this machine has no SLURM (sbatch not found); submit from another, or {way_out}"
+            in only_error(capfd)
+        )
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert sweep.main(arguments) == 2
     told = only_error(capfd)
-    assert f"slurm=jobs.yaml: submitit is not installed: pip install '.[slurm]' adds it; {way_out}" in told
+    assert f"slurm=jobs.yaml: submitit is not installed; pip install '.[slurm]', or {way_out}" in told
     assert not Path("here").exists()
 
 
@@ -854,7 +936,7 @@ def test_real_jobs_of_a_search_and_of_a_grid_in_one_storage(
     assert [row["state"] for row in rows] == ["finished", "failed", "ended early", "finished"], output
     assert "it diverges" in rows[1]["error"] and int(rows[2]["epochs"]) < 2000
     assert "trial 1: failed: error: " in output and "4 of 4 done" in output
-    best = config.build(Pretrain, [("best.yaml", config.read_yaml("search/best.yaml"))])
+    best = build(Pretrain, [("best.yaml", read_yaml("search/best.yaml"))])
     assert (best.loss.temperature, best.optim.base_learning_rate) == (10, 0.2)
     assert "it diverges" in Path("search/report.md").read_text()
 

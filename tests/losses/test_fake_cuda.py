@@ -4,7 +4,6 @@ Under FakeTensorMode tensors have a device, a type and a shape, and no values: `
 raise, and so do operations on tensors of two devices.
 """
 
-import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,33 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simclr_ddp import KernelInfoNCE, distributed, tiled
-
-MEMBERS: dict[str, dict[str, Any]] = {
-    "cosine": {},
-    "gaussian": {"norm_p": 3.0},
-    "laplacian": {},
-    "laplacian, maximum norm": {"norm_p": math.inf},
-    "laplacian, precision bf16": {"precision": "bf16"},
-    "laplacian, sent in bf16": {"gather": "bf16"},
-    "exponential": {"gamma": 0.5},
-    "exponential, gamma 3": {"gamma": 3.0},
-    "simple_sum": {},
-    "simple_sum, losses": {"mix_level": "loss"},
-    "concat_sum": {},
-    "concat_sum, losses": {"mix_level": "loss"},
-    "arccos": {"order": 1},
-    "arccos, order 2": {"order": 2},
-    "arccos, order 3": {"order": 3},
-    "spectral": {},
-    "gaussian of the 1-norm": {"distance_p": 1.0},
-    "laplacian of the 1.5-norm": {"distance_p": 1.5},
-    "laplacian of the maximum norm": {"distance_p": math.inf},
-}
-
-
-def member(name: str, temperature: float = 0.1) -> KernelInfoNCE:
-    return KernelInfoNCE(name.split(",")[0].split(" of ")[0], temperature, **MEMBERS[name])
+from simclr_ddp.distributed import collectives
+from simclr_ddp.losses import tiled, tiling
+from tests.support.objectives import MEMBERS, member
 
 
 @pytest.fixture(params=[1, 2])
@@ -148,7 +123,7 @@ def test_few_kernels_and_bounded_scratch(name: str, temperature: float, forward_
         y = torch.randn(2, 8192, 128, device="cuda", requires_grad=True)
         with Launches() as large:
             backward(member(name, temperature)(y[0], y[1]))
-        assert 3 * 4 * tiled.GPU.tile**2 <= large.largest <= max(3 * 4 * tiled.GPU.tile**2, tiled.GPU.kept)
+        assert 3 * 4 * tiling.GPU.tile**2 <= large.largest <= max(3 * 4 * tiling.GPU.tile**2, tiling.GPU.kept)
 
 
 class Memory(TorchDispatchMode):
@@ -179,8 +154,8 @@ def test_rank_0_of_512(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         sent.append(times * values.nbytes)
         return function(values)
 
-    for collective, times in (("of_all", 512), ("all_sum", 1), ("all_max", 1)):
-        monkeypatch.setattr(distributed, collective, partial(counted, getattr(distributed, collective), times))
+    for collective, times in (("all_gather", 512), ("all_reduce_sum", 1), ("all_reduce_max", 1)):
+        monkeypatch.setattr(collectives, collective, partial(counted, getattr(collectives, collective), times))
     dist.init_process_group("fake", rank=0, world_size=512, store=FakeStore())
     try:
         for images in (1, 4):  # per rank
@@ -197,7 +172,7 @@ def test_rank_0_of_512(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         dist.destroy_process_group()
     areas = [
         sum((t.rows.stop - t.rows.start) * (t.columns.stop - t.columns.start) for t in share)
-        for share in (tiled.tiles(32768, 32768, 0, True, 0, count, tiled.GPU) for count in (1, 512))
+        for share in (tiling.tiles(32768, 32768, 0, True, 0, count, tiling.GPU) for count in (1, 512))
     ]
     assert areas[1] <= areas[0] / 512
-    assert len(tiled.tiles(32768, 32768, 0, True, 0, 512, tiled.GPU)) <= 16
+    assert len(tiling.tiles(32768, 32768, 0, True, 0, 512, tiling.GPU)) <= 16

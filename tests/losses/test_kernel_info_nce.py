@@ -17,10 +17,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr_ddp import KernelInfoNCE, distributed, products, tile_kernels
-from simclr_ddp.info_nce import _Ranks
-from simclr_ddp.losses import Objective
-from tests.ranks import Ranks
+from simclr_ddp import KernelInfoNCE
+from simclr_ddp.distributed import collectives as distributed
+from simclr_ddp.distributed.collectives import all_reduce_sum, local_slice
+from simclr_ddp.distributed.ddp import data_parallel
+from simclr_ddp.losses import matmul, tile_kernels
+from simclr_ddp.losses.kernel_info_nce import DistributedRanks
+from simclr_ddp.losses.kernels import Objective
+from tests.support.ranks import Ranks
 
 IMAGES, INPUT, WIDTH = 8, 6, 10
 MEMBERS: dict[str, dict] = {
@@ -60,16 +64,16 @@ def linear_model() -> nn.Linear:
 
 def losses_and_gradients(names: list[str]) -> dict[str, dict]:
     """Under DDP: mean loss over ranks, top-1, this rank's gradient of its embeddings, and that of the parameters."""
-    own = two_views()[:, distributed.own_slice(IMAGES)]
+    own = two_views()[:, local_slice(IMAGES)]
     answers = {}
     for name in names:
         objective, model = member(name), linear_model()
-        wrapped = distributed.data_parallel(model, torch.device("cpu"))
+        wrapped = data_parallel(model, torch.device("cpu"))
         y = wrapped(own)
         y.retain_grad()
         loss = objective(y[0], y[1])
         loss.backward()
-        mean = distributed.all_sum(torch.stack([loss.detach(), objective.top1(y[0], y[1])])) / distributed.world_size()
+        mean = all_reduce_sum(torch.stack([loss.detach(), objective.top1(y[0], y[1])])) / distributed.world_size()
         gradients = {k: p.grad for k, p in model.named_parameters()}
         answers[name] = {"loss": mean[0], "top1": mean[1], "embeddings": y.grad, "parameters": gradients}
     return answers
@@ -113,7 +117,7 @@ def test_one_rank_is_the_cross_entropy_of_the_masked_matrix(by_world_size: dict)
 
 def bytes_sent(gather: str, temperature: float) -> list[tuple[str, int]]:
     """What each collective of a loss takes from this rank."""
-    names, sent = ("of_all", "all_sum", "all_max"), []
+    names, sent = ("all_gather", "all_reduce_sum", "all_reduce_max"), []
     before = {name: getattr(distributed, name) for name in names}
 
     def counted(name: str, values: Tensor) -> Any:
@@ -123,7 +127,7 @@ def bytes_sent(gather: str, temperature: float) -> list[tuple[str, int]]:
     for name in names:
         setattr(distributed, name, partial(counted, name))
     try:
-        y = two_views()[:, distributed.own_slice(IMAGES)].float()
+        y = two_views()[:, local_slice(IMAGES)].float()
         KernelInfoNCE(gather=gather, temperature=temperature)(y[0], y[1])
     finally:
         for name, function in before.items():
@@ -133,14 +137,15 @@ def bytes_sent(gather: str, temperature: float) -> list[tuple[str, int]]:
 
 def test_embeddings_are_sent_in_half_the_bytes(ranks: Ranks) -> None:
     wide, narrow = (ranks.run(2, bytes_sent, gather, 0.1)[0] for gather in ("fp32", "bf16"))
-    assert wide[0] == ("of_all", 2 * IMAGES // 2 * INPUT * 4) and narrow[0] == ("of_all", wide[0][1] // 2)
+    assert wide[0] == ("all_gather", 2 * IMAGES // 2 * INPUT * 4) and narrow[0] == ("all_gather", wide[0][1] // 2)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_add_up_their_log_sums_without_gathering_them(world_size: int, ranks: Ranks) -> None:
     """2N numbers, whatever the number of ranks; at a low temperature their largest as well."""
     sums = 4 * 2 * IMAGES
-    for temperature, expected in ((0.1, [("all_sum", sums)]), (0.001, [("all_max", sums), ("all_sum", sums)])):
+    total, largest = ("all_reduce_sum", sums), ("all_reduce_max", sums)
+    for temperature, expected in ((0.1, [total]), (0.001, [largest, total])):
         for sent in ranks.run(world_size, bytes_sent, "fp32", temperature):
             assert sent[1:] == expected
 
@@ -149,7 +154,7 @@ def log_sums_of_parts() -> Tensor:
     """Of six rows: a part per rank, far apart, or of one rank alone, or of none."""
     rank, none = distributed.rank(), -math.inf
     parts = [float(rank), 3000.0 * rank, -3000.0 * rank, 2.0 if rank == 1 else none, none, -1e30]
-    return _Ranks().log_sum(torch.tensor(parts, dtype=torch.float64))
+    return DistributedRanks().log_sum(torch.tensor(parts, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -180,13 +185,13 @@ def test_what_is_sent_in_bf16_is_near(kernel: str) -> None:
 
 def defective_gradients() -> dict[str, Tensor]:
     """Cosine at 0.1: parameter gradients, averaged over ranks, of the ways in which others gather."""
-    own = two_views()[:, distributed.own_slice(IMAGES)]
+    own = two_views()[:, local_slice(IMAGES)]
     n, objective = own.shape[1], member("cosine")
 
     def gradient(loss_of: object) -> Tensor:
         model = linear_model()
         loss_of(model(own)).backward()  # type: ignore[operator]
-        return distributed.all_sum(model.weight.grad) / distributed.world_size()
+        return all_reduce_sum(model.weight.grad) / distributed.world_size()
 
     def plain_gather(y: Tensor) -> Tensor:
         blocks = [torch.empty_like(y) for _ in range(distributed.world_size())]
@@ -238,7 +243,7 @@ def test_the_published_defects_are_far_off(ranks: Ranks, by_world_size: dict) ->
 
 def collectives(name: str) -> list[list[str]]:
     """Names of the collectives in the forward and in the backward pass of one loss."""
-    own = two_views()[:, distributed.own_slice(IMAGES)].requires_grad_()
+    own = two_views()[:, local_slice(IMAGES)].requires_grad_()
     objective, counts = member(name), []
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu) as forward:
@@ -318,6 +323,8 @@ def test_every_setting_reaches_the_objective() -> None:
     assert {*given, "gather"} == set(inspect.signature(KernelInfoNCE).parameters)
     wanted = {k: v for k, v in given.items() if k != "radius"} | {"squared_radius": 9.0}
     assert KernelInfoNCE(**given).objective == Objective(**wanted)  # type: ignore[arg-type]
+    shown = ", ".join(f"{name}={value!r}" for name, value in (given | {"gather": "fp32"}).items())
+    assert sorted(repr(KernelInfoNCE(**given))[14:-1].split(", ")) == sorted(shown.split(", "))  # type: ignore[arg-type]
     assert KernelInfoNCE("laplacian", distance_p=3.0).objective == Objective("laplacian", distance_p=3.0)
     assert KernelInfoNCE("laplacian", backend="triton").objective == Objective("laplacian", backend="triton")
 
@@ -331,21 +338,21 @@ def test_the_radius_is_squared(radius: float) -> None:
     ("settings", "message"),
     [
         ({"kernel": "gausian"}, "did you mean 'gaussian'"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"temperature": math.nan}, "temperature=nan"),
         ({"kernel": "simple_sum", "mix_level": "sum"}, "mix_level"),
-        ({"kernel": "simple_sum", "mix_weight": 1.0}, "leaves only one part"),
-        ({"kernel": "arccos", "order": 4}, "choose 1, 2 or 3"),
+        ({"kernel": "simple_sum", "mix_weight": 1.0}, "leaves only one component"),
+        ({"kernel": "arccos", "order": 4}, "must be 1, 2 or 3"),
         ({"kernel": "arccos", "temperature": 1.5}, "at most 1"),
         ({"radius": 0.0}, "radius"),
         ({"radius": "1"}, "radius"),
         ({"radius": -1.0}, "radius"),
         ({"radius": np.float32(-1.0)}, "radius"),
-        ({"radius": True}, "radius .* is True"),
-        ({"kernel": "exponential", "gamma": 1000}, "gamma is 1000: choose a number above 0, at most 64"),
+        ({"radius": True}, "radius=True"),
+        ({"kernel": "exponential", "gamma": 1000}, "gamma=1000: must be a number above 0 and at most 64"),
         ({"norm_p": 0.5}, "norm_p"),
-        ({"gather": "fp16"}, "gather is 'fp16': choose one of fp32, bf16"),
-        ({"gather": "bf16", "kernel": "spectral"}, "spectral sends a gradient"),
+        ({"gather": "fp16"}, "gather='fp16': unknown value; choose one of fp32, bf16"),
+        ({"gather": "bf16", "kernel": "spectral"}, "spectral also sends a gradient"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict, message: str) -> None:
@@ -355,7 +362,7 @@ def test_settings_that_make_no_sense(settings: dict, message: str) -> None:
 
 @pytest.mark.parametrize("shapes", [((4, 8), (3, 8)), ((4, 8), (4, 6)), ((2, 4, 8), (2, 4, 8)), ((8,), (8,))])
 def test_shapes_that_do_not_fit(shapes: tuple) -> None:
-    with pytest.raises(ValueError, match=r"two equal shapes \[n, d\] are wanted"):
+    with pytest.raises(ValueError, match=r"expected two tensors of one shape \[n, d\]"):
         KernelInfoNCE()(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
 
 
@@ -370,7 +377,7 @@ def test_in_a_compiled_loop_that_rounds_products(kernel: str, monkeypatch: pytes
     seen = []
 
     def tile(self: Any, *arguments: Any) -> Any:
-        seen.append(products._get_precision())
+        seen.append(matmul.get_precision())
         return of_tile(self, *arguments)
 
     of = tile_kernels.Cosine if kernel == "cosine" else tile_kernels.Power
@@ -384,7 +391,7 @@ def test_in_a_compiled_loop_that_rounds_products(kernel: str, monkeypatch: pytes
         return 2 * objective(y[:10], y[10:])
 
     results = []
-    before = products._get_precision()
+    before = matmul.get_precision()
     torch.set_float32_matmul_precision("high")
     try:
         for function in (step, torch.compile(step, backend="aot_eager")):
@@ -392,7 +399,7 @@ def test_in_a_compiled_loop_that_rounds_products(kernel: str, monkeypatch: pytes
             results.append((loss.detach(), torch.autograd.grad(loss, model.weight)[0]))
     finally:
         torch.set_float32_matmul_precision("highest")
-        products._set_precision(before)
-    assert seen and all(precision == products._EXACT for precision in seen)
+        matmul.set_precision(before)
+    assert seen and all(precision == matmul.EXACT for precision in seen)
     for got, expected in zip(results[1], results[0], strict=True):
         assert torch.equal(got, expected)

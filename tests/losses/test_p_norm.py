@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from simclr_ddp import KernelInfoNCE, distributed, losses, p_distance, tile_kernels, tiled
-from simclr_ddp.losses import Objective, contrastive_accuracy, contrastive_loss, info_nce, log_kernel
-from simclr_ddp.losses import normalize as normalized
-from simclr_ddp.p_distance import PDistance, p_norm
-from tests.ranks import Ranks
-from tests.test_tiled import Largest, name, views
+from simclr_ddp import KernelInfoNCE
+from simclr_ddp.distributed import collectives
+from simclr_ddp.losses import contrastive, tile_kernels, tiling
+from simclr_ddp.losses import p_norm as p_distance
+from simclr_ddp.losses.contrastive import contrastive_accuracy, contrastive_loss, info_nce
+from simclr_ddp.losses.contrastive import normalize as normalized
+from simclr_ddp.losses.kernels import Objective, log_kernel
+from simclr_ddp.losses.p_norm import PDistance, p_norm
+from tests.losses.test_tiled import Largest, name, views
+from tests.support.ranks import Ranks
 
 P = (1.0, 1.5, 3.0, math.inf)
 MEMBERS = [Objective("exponential", 0.5, gamma=gamma, distance_p=p) for p in P for gamma in (0.5, 1.0, 2.0)]
@@ -34,7 +38,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 3 to 5 rows, in blocks of 2 of them."""
-    monkeypatch.setattr(tiled, "TILE", 5)
+    monkeypatch.setattr(tiling, "TILE", 5)
     monkeypatch.setattr(p_distance, "BLOCK", 50)
 
 
@@ -94,8 +98,8 @@ def test_two_is_the_euclidean_kernel(gamma: float, monkeypatch: pytest.MonkeyPat
         own = y.clone().requires_grad_()
         z = normalized(own)
         value = contrastive_loss(z, z, 0, Objective("exponential", 0.1, gamma=gamma))
-        monkeypatch.setattr(losses, "log_kernel", lambda objective: PDistance(0.1, gamma, 2.0, 1e-3))
-        monkeypatch.setattr(losses, "tile_kernel", losses.log_kernel)
+        monkeypatch.setattr(contrastive, "log_kernel", lambda objective: PDistance(0.1, gamma, 2.0, 1e-3))
+        monkeypatch.setattr(contrastive, "tile_kernel", contrastive.log_kernel)
         results.append((value.detach(), torch.autograd.grad(value, own)[0]))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-9, atol=0)
     assert (results[0][1] - results[1][1]).norm() <= 1e-8 * results[1][1].norm()
@@ -187,7 +191,7 @@ def test_top1(objective: Objective) -> None:
 
 @pytest.mark.parametrize("p", P)
 def test_no_tensor_grows_with_the_square(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "TILE", 16)
+    monkeypatch.setattr(tiling, "TILE", 16)
     monkeypatch.setattr(p_distance, "BLOCK", 1000)
     objective, y = Objective("laplacian", distance_p=p), views(48, 12)
     with Largest() as seen:
@@ -203,11 +207,11 @@ def test_no_tensor_grows_with_the_square(p: float, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kernel": "laplacian", "distance_p": 0.5}, "distance_p is 0.5: choose a number from 1 up"),
-        ({"kernel": "laplacian", "distance_p": math.nan}, "distance_p is nan"),
+        ({"kernel": "laplacian", "distance_p": 0.5}, "distance_p=0.5: must be a number of at least 1"),
+        ({"kernel": "laplacian", "distance_p": math.nan}, "distance_p=nan"),
         ({"kernel": "cosine", "distance_p": 1.0}, "choose gaussian, laplacian, exponential"),
-        ({"kernel": "simple_sum", "distance_p": 3.0}, "set distance_p to 2"),
-        ({"kernel": "laplacian", "distance_p": 3.0, "precision": "bf16"}, "set fp32"),
+        ({"kernel": "simple_sum", "distance_p": 3.0}, "set distance_p=2"),
+        ({"kernel": "laplacian", "distance_p": 3.0, "precision": "bf16"}, "set 'fp32'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -236,18 +240,18 @@ IMAGES = 12
 
 
 def on_ranks(second: bool) -> dict[str, Any]:
-    tiled.TILE, p_distance.BLOCK, answers = 4, 50, {}
+    tiling.TILE, p_distance.BLOCK, answers = 4, 50, {}
     try:
         for objective in MEMBERS:
             module = KernelInfoNCE("exponential", 0.5, gamma=objective.gamma, distance_p=objective.distance_p)
-            y = views(IMAGES)[:, distributed.own_slice(IMAGES)].requires_grad_()
+            y = views(IMAGES)[:, collectives.local_slice(IMAGES)].requires_grad_()
             (gradient,) = torch.autograd.grad(module(y[0], y[1]), y, create_graph=second)
             if second:
                 (gradient,) = torch.autograd.grad(gradient.square().sum(), y)
-            loss = distributed.all_sum(module(y[0], y[1]).detach()) / distributed.world_size()
+            loss = collectives.all_reduce_sum(module(y[0], y[1]).detach()) / collectives.world_size()
             answers[str(named(objective))] = (loss, gradient.detach())
     finally:
-        tiled.TILE, p_distance.BLOCK = 1024, 2**19
+        tiling.TILE, p_distance.BLOCK = 1024, 2**19
     return answers
 
 

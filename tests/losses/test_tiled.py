@@ -1,4 +1,4 @@
-"""The losses by tiles against the plain form, which tests/test_losses.py holds against an oracle."""
+"""The losses by tiles against the plain form, which tests/losses/test_contrastive.py holds against an oracle."""
 
 import math
 from collections.abc import Iterator
@@ -11,21 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simclr_ddp import KernelInfoNCE, distributed, tile_kernels, tiled
-from simclr_ddp.losses import (
-    MIXTURES,
-    Objective,
-    _halves,
-    _longest,
+from simclr_ddp import KernelInfoNCE
+from simclr_ddp.distributed import collectives
+from simclr_ddp.losses import log_sums, tile_kernels, tiled, tiling
+from simclr_ddp.losses.contrastive import (
     contrastive_accuracy,
     contrastive_loss,
     info_nce,
-    log_kernel,
+    largest_norm,
     normalize,
-    parts,
-    tile_kernel,
+    split_halves,
 )
-from tests.ranks import Ranks
+from simclr_ddp.losses.kernels import MIXTURES, Objective, log_kernel, mixture_components, tile_kernel
+from tests.support.ranks import Ranks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,9 +38,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(params=["kept", "computed again"])
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 3 to 5 rows, and both ways in which the backward pass comes to them."""
-    monkeypatch.setattr(tiled, "TILE", 5)
-    monkeypatch.setattr(tiled, "TRIANGLE", 2)
-    monkeypatch.setattr(tiled, "KEPT", 10**6 if request.param == "kept" else 0)
+    monkeypatch.setattr(tiling, "TILE", 5)
+    monkeypatch.setattr(tiling, "TRIANGLE", 2)
+    monkeypatch.setattr(tiling, "KEPT", 10**6 if request.param == "kept" else 0)
 
 
 def members(temperature: float) -> list[Objective]:
@@ -77,11 +75,12 @@ def plain(z: Tensor, z_all: Tensor, first: int, objective: Objective) -> Tensor:
         positive = (z * z_all[:, first : first + batch].flip(0)).sum(-1)
         return dot.masked_fill(itself, 0).square().sum(1).mean() / (2 * total - 1) - 2 * positive.mean()
     if objective.kernel == "concat_sum":
-        z, z_all = _halves(z), _halves(z_all)
+        z, z_all = split_halves(z), split_halves(z_all)
     if objective.kernel in MIXTURES and objective.mix_level == "loss":
         halves = [(z[i], z_all[i]) if objective.kernel == "concat_sum" else (z, z_all) for i in range(2)]
         first_loss, second_loss = (
-            info_nce(*pair, first, log_kernel(part)) for pair, part in zip(halves, parts(objective), strict=True)
+            info_nce(*pair, first, log_kernel(part))
+            for pair, part in zip(halves, mixture_components(objective), strict=True)
         )
         return objective.mix_weight * first_loss + (1 - objective.mix_weight) * second_loss
     return info_nce(z, z_all, first, log_kernel(objective))
@@ -108,7 +107,7 @@ def agree(y: Tensor, objective: Objective) -> None:
 def test_equals_the_plain_form(objective: Objective, small_tiles: None) -> None:
     for total in (1, 2, 11):
         agree(views(total), objective)
-    assert len(tiled.tiles(11, 11, 0, True)) == 15 + 6 * 3  # of six runs of three or four rows; triangles have 3 parts
+    assert len(tiling.tiles(11, 11, 0, True)) == 15 + 6 * 3  # of six runs of three or four rows; triangles have 3 parts
 
 
 @pytest.mark.parametrize("objective", [*members(0.1), *members(0.01)], ids=name)
@@ -187,8 +186,8 @@ def test_powers_beyond_the_exponents_of_float32(gamma: float, temperature: float
 
 def test_the_backward_pass_frees_what_was_kept() -> None:
     z = normalize(views(11)).requires_grad_()
-    problem = tiled.Problem(tile_kernels.Cosine(10.0), lambda z, z_all: z, 0, "fp32", None)
-    sums = tiled.log_sums(z, z, problem)
+    problem = tile_kernels.Problem(tile_kernels.Cosine(10.0), lambda z, z_all: z, 0, "fp32", None)
+    sums = log_sums.log_sums(z, z, problem)
     (first,) = torch.autograd.grad(sums.sum(), z, retain_graph=True)
     assert sums.grad_fn.kept is None  # type: ignore[union-attr]
     (again,) = torch.autograd.grad(sums.sum(), z)
@@ -210,7 +209,7 @@ def test_no_row_underflows_beside_a_near_one(kernel: str, small_tiles: None) -> 
 @pytest.mark.parametrize("kernel", ["cosine", "gaussian", "laplacian"])
 def test_ways_of_adding_agree(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are and relative to the largest: the choice follows from the temperature, the result doesn't."""
-    monkeypatch.setattr(tiled, "TILE", 5)
+    monkeypatch.setattr(tiling, "TILE", 5)
     y, objective = views(11), Objective(kernel, 0.1)
     direct = loss_and_gradient(y, objective)
     monkeypatch.setattr(tiled, "SAFE", 0.0)
@@ -228,12 +227,12 @@ def test_ways_of_adding_agree(kernel: str, monkeypatch: pytest.MonkeyPatch) -> N
     st.integers(0, 99),
 )
 def test_any_shape_and_tile(total: int, tile: int, half: int, temperature: float, member: int, seed: int) -> None:
-    before = tiled.TILE
-    tiled.TILE = tile
+    before = tiling.TILE
+    tiling.TILE = tile
     try:
         agree(views(total, 2 * half, seed=seed), members(temperature)[member])
     finally:
-        tiled.TILE = before
+        tiling.TILE = before
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5])
@@ -306,8 +305,8 @@ def test_any_signs_without_a_test_of_values(kernel: str, temperature: float, sma
 
     def gradient(weights: Tensor) -> Tensor:
         kernel, radius = tile_kernel(objective), 1.0
-        problem = tiled.Problem(kernel, lambda z, z_all: z, 0, "fp32", None, radius=radius)
-        return torch.autograd.grad((tiled.log_sums(z, z, problem) * weights).sum(), z)[0]
+        problem = tile_kernels.Problem(kernel, lambda z, z_all: z, 0, "fp32", None, radius=radius)
+        return torch.autograd.grad((log_sums.log_sums(z, z, problem) * weights).sum(), z)[0]
 
     for scale in (-1.0, 0.0, 3.0):
         (found,) = torch.autograd.grad(scale * contrastive_loss(z, z, 0, objective), z)
@@ -324,7 +323,7 @@ def test_no_embedding_is_longer_than_its_objective_says(norm_p: float) -> None:
     objective = Objective("gaussian", squared_radius=4.0, norm_p=norm_p)
     y = torch.cat([views(300, 16).flatten(0, 1), torch.ones(1, 16), torch.eye(16)[:1]])
     longest = normalize(y, 4.0, norm_p).norm(dim=-1).max().item()
-    assert longest == pytest.approx(_longest(objective, 16), rel=1e-6)
+    assert longest == pytest.approx(largest_norm(objective, 16), rel=1e-6)
 
 
 def test_backward_twice(small_tiles: None) -> None:
@@ -339,7 +338,7 @@ def test_backward_twice(small_tiles: None) -> None:
 @pytest.mark.parametrize("objective", members(0.1), ids=name)
 def test_top1_by_tiles(objective: Objective, small_tiles: None) -> None:
     z = normalize(views(23, noise=0.8), objective.squared_radius, objective.norm_p)
-    views_of = _halves(z) if objective.kernel == "concat_sum" else z
+    views_of = split_halves(z) if objective.kernel == "concat_sum" else z
     a, b = views_of, views_of.flip(-3)
     by = log_kernel(objective)
     flat = views_of.flatten(-3, -2)
@@ -370,8 +369,8 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("objective", members(0.1), ids=name)
 def test_no_tensor_grows_with_the_square(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "TILE", 16)
-    monkeypatch.setattr(tiled, "KEPT", 0)
+    monkeypatch.setattr(tiling, "TILE", 16)
+    monkeypatch.setattr(tiling, "KEPT", 0)
     y = views(128, 6)
     with Largest() as seen:
         loss_and_gradient(y, objective)
@@ -386,8 +385,8 @@ def test_no_tensor_grows_with_the_square(objective: Objective, monkeypatch: pyte
 
 def test_what_is_kept_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bytes, of any dtype."""
-    monkeypatch.setattr(tiled, "TILE", 16)
-    numbers = sum(map(area, tiled.tiles(64, 64, 0, True)))
+    monkeypatch.setattr(tiling, "TILE", 16)
+    numbers = sum(map(area, tiling.tiles(64, 64, 0, True)))
     for dtype, limit, kept in (
         (torch.float32, 4 * numbers, True),
         (torch.float32, 4 * numbers - 1, False),
@@ -395,15 +394,15 @@ def test_what_is_kept_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.float64, 8 * numbers - 1, False),
     ):
         z = normalize(views(64).to(dtype)).requires_grad_()
-        monkeypatch.setattr(tiled, "KEPT", limit)
-        problem = tiled.Problem(tile_kernels.Cosine(10.0), lambda z, z_all: z, 0, "fp32", None)
-        assert (tiled.log_sums(z, z, problem).grad_fn.kept is not None) == kept  # type: ignore[union-attr]
+        monkeypatch.setattr(tiling, "KEPT", limit)
+        problem = tile_kernels.Problem(tile_kernels.Cosine(10.0), lambda z, z_all: z, 0, "fp32", None)
+        assert (log_sums.log_sums(z, z, problem).grad_fn.kept is not None) == kept  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8, 64])
 def test_ranks_share_the_tiles_evenly(count: int) -> None:
     for total in (8 * count, 96 * count, 2048 * count):
-        shares = [tiled.tiles(total, total, 0, True, index, count) for index in range(count)]
+        shares = [tiling.tiles(total, total, 0, True, index, count) for index in range(count)]
         areas = [sum(map(area, share)) for share in shares]
         assert max(areas) == min(areas)
 
@@ -436,8 +435,8 @@ def test_buffers_fit_whatever_comes() -> None:
 @pytest.mark.parametrize("count", [63, 64])
 def test_many_ranks_have_few_tiles(count: int) -> None:
     """64 images each, against all others: a call for every 64 of them would cost more than its work."""
-    share = tiled.tiles(64 * count, 64 * count, 0, True, 5, count)
-    assert len(share) <= 16 and max(map(area, share)) <= tiled.TILE**2
+    share = tiling.tiles(64 * count, 64 * count, 0, True, 5, count)
+    assert len(share) <= 16 and max(map(area, share)) <= tiling.TILE**2
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8])
@@ -445,7 +444,7 @@ def test_many_ranks_have_few_tiles(count: int) -> None:
 def test_every_pair_is_in_one_tile(total: int, count: int, small_tiles: None) -> None:
     times = torch.zeros(2 * total, 2 * total)
     for index in range(count):
-        for tile in tiled.tiles(total, total, 0, True, index, count):
+        for tile in tiling.tiles(total, total, 0, True, index, count):
             times[tile.rows, tile.columns] += 1
             if tile.mirrored:
                 times[tile.columns, tile.rows] += 1
@@ -453,11 +452,11 @@ def test_every_pair_is_in_one_tile(total: int, count: int, small_tiles: None) ->
 
 
 def test_half_of_the_pairs_are_computed() -> None:
-    areas = map(area, tiled.tiles(8192, 8192, 0, True))
+    areas = map(area, tiling.tiles(8192, 8192, 0, True))
     assert sum(areas) <= 0.52 * 16384**2
 
 
-def area(tile: tiled.Tile) -> int:
+def area(tile: tiling.Tile) -> int:
     return (tile.rows.stop - tile.rows.start) * (tile.columns.stop - tile.columns.start)
 
 
@@ -468,20 +467,20 @@ IMAGES = 12
 
 def on_ranks(second: bool, spread: bool) -> dict[str, Any]:
     """Of the mean loss over ranks, or of one weighted by rank: value, and gradient in this rank's projections."""
-    tiled.TILE, answers = 4, {}
+    tiling.TILE, answers = 4, {}
     try:
         for objective in [*members(0.1), Objective("laplacian", 0.01)]:
             settings = {k: v for k, v in vars(objective).items() if k != "squared_radius"}
             module = KernelInfoNCE(**settings, radius=math.sqrt(objective.squared_radius))
-            y = views(IMAGES)[:, distributed.own_slice(IMAGES)].requires_grad_()
-            weight = 1.0 + distributed.rank() if spread else 1.0
+            y = views(IMAGES)[:, collectives.local_slice(IMAGES)].requires_grad_()
+            weight = 1.0 + collectives.rank() if spread else 1.0
             (gradient,) = torch.autograd.grad(weight * module(y[0], y[1]), y, create_graph=second)
             if second:
                 (gradient,) = torch.autograd.grad(gradient.square().sum(), y)
-            loss = distributed.all_sum(weight * module(y[0], y[1]).detach()) / distributed.world_size()
+            loss = collectives.all_reduce_sum(weight * module(y[0], y[1]).detach()) / collectives.world_size()
             answers[name(objective)] = (loss, gradient.detach())
     finally:
-        tiled.TILE = 1024
+        tiling.TILE = 1024
     return answers
 
 

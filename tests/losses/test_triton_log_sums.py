@@ -12,11 +12,16 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from simclr_ddp import KernelInfoNCE, checks, config, tiled
-from simclr_ddp.config import Pretrain
-from simclr_ddp.losses import Objective, contrastive_loss
-from simclr_ddp.pretrain import make_objective
-from simclr_ddp.runtime import Runtime
+from simclr_ddp import KernelInfoNCE
+from simclr_ddp.config import schema
+from simclr_ddp.config.options import build
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.distributed.runtime import Runtime
+from simclr_ddp.losses import log_sums
+from simclr_ddp.losses.contrastive import contrastive_loss
+from simclr_ddp.losses.kernels import Objective
+from simclr_ddp.training import preflight
+from simclr_ddp.training.components import make_objective
 
 
 def _lacks_triton() -> str:
@@ -37,8 +42,8 @@ Errors = dict[str, dict[str, float]]
 
 @pytest.fixture(scope="module")
 def errors() -> Errors:
-    """Of all cases of tests/interpreted.py: one process, since importing torch and Triton takes longer than most."""
-    command = [sys.executable, "-m", "tests.interpreted"]
+    """Of all cases of tests/support/interpreted.py: one process, as importing torch and Triton takes long."""
+    command = [sys.executable, "-m", "tests.support.interpreted"]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found: Errors = json.loads(done.stdout)
@@ -105,22 +110,22 @@ def test_no_environment_brings_it_to_a_cpu(errors: Errors) -> None:
 def test_where_it_cannot_it_says_so(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, and without Triton."""
     z = torch.nn.functional.normalize(torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    monkeypatch.setattr(tiled, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="not installed: 'tiled' computes the same"):
+    monkeypatch.setattr(log_sums, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="not installed; backend='tiled' computes the same"):
         contrastive_loss(z, z, 0, Objective(kernel, backend="triton"))
     monkeypatch.undo()
     pytest.importorskip("triton", reason="Triton is not installed")
-    with pytest.raises(ValueError, match=r"in torch\.float32 of width 8 on cpu: 'tiled'"):
+    with pytest.raises(ValueError, match=r"in torch\.float32 of width 8 on cpu; backend='tiled'"):
         contrastive_loss(z, z, 0, Objective(kernel, backend="triton"))
 
 
 @pytest.mark.parametrize(
     ("settings", "names"),
-    [({"kernel": k}, f"the kernel {k}") for k in ("simple_sum", "concat_sum", "arccos")]
-    + [({"kernel": "gaussian", "distance_p": 1.0}, "distance_p 1.0")],
+    [({"kernel": k}, f"kernel={k}") for k in ("simple_sum", "concat_sum", "arccos")]
+    + [({"kernel": "gaussian", "distance_p": 1.0}, "distance_p=1.0")],
 )
 def test_kernels_that_it_lacks_are_refused_at_once(settings: dict, names: str) -> None:
-    with pytest.raises(ValueError, match=f"backend is 'triton', which has no {names}: set 'tiled'"):
+    with pytest.raises(ValueError, match=f"backend='triton': {names} is not supported; set backend='tiled'"):
         KernelInfoNCE(**settings, backend="triton")
 
 
@@ -141,19 +146,19 @@ def test_kernels_that_it_lacks_are_refused_at_once(settings: dict, names: str) -
 )
 def test_a_run_that_it_cannot_compute_does_not_start(arguments: dict, device: str, says: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    settings = config.build(Pretrain, [("the test", {"loss.backend": "triton", **arguments})])
+    settings = build(Pretrain, [("the test", {"loss.backend": "triton", **arguments})])
     assert make_objective(settings).objective.backend == "triton"
     runtime = Runtime(torch.device(device), settings.precision, 1)
     if not says:
-        checks.loss_backend(settings, runtime)
+        preflight.loss_backend(settings, runtime)
         return
     with pytest.raises(ValueError, match=f"^loss.backend=triton: {says}; set loss.backend=tiled$"):
-        checks.loss_backend(settings, runtime)
+        preflight.loss_backend(settings, runtime)
 
 
 def test_it_is_part_of_what_a_run_is() -> None:
     """As loss.precision is: it changes the order of additions."""
-    assert config.result_keys(Pretrain())["loss.backend"] == "tiled"
+    assert schema.result_keys(Pretrain())["loss.backend"] == "tiled"
 
 
 def test_a_backend_that_is_not_known() -> None:
@@ -191,7 +196,7 @@ def compiled(name: str, gamma: float, stages: int, capability: int = 90) -> tupl
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_for
 
-    from simclr_ddp import triton_log_sums
+    from simclr_ddp.losses import triton_log_sums
 
     kernel, shape = getattr(triton_log_sums, f"_{name}"), triton_log_sums.SHAPES[128]
     constants = {"D": 128, "GAMMA": gamma, "ROWS": shape.rows, "COLUMNS": shape.columns, "WIDTH": shape.width}

@@ -8,14 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from simclr_ddp import config, distributed, doctor
-from simclr_ddp.config import Pretrain, build
-from simclr_ddp.data import open_dataset
-from simclr_ddp.distributed import CrossRankBatchNorm
-from simclr_ddp.model import Encoder, SimCLR, projection_head
-from simclr_ddp.run import make_plan
-from tests.ranks import Ranks
-from tests.test_parity import model_at, settings, train
+from simclr_ddp.config import schema
+from simclr_ddp.config.options import build
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.data.dataset import open_dataset
+from simclr_ddp.distributed import collectives, ddp
+from simclr_ddp.distributed.batch_norm import CrossRankBatchNorm
+from simclr_ddp.models.resnet import Encoder
+from simclr_ddp.models.simclr import SimCLR, projection_head
+from simclr_ddp.training import forecast
+from simclr_ddp.training.plan import make_plan
+from tests.support.parity_run import model_at, settings, train
+from tests.support.ranks import Ranks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,8 +48,8 @@ def step(
     for module in model.modules():
         if isinstance(module, CrossRankBatchNorm):
             torch.nn.init.normal_(module.weight)  # the blocks' last ones start at 0
-    parallel = distributed.data_parallel(model.to(device), torch.device(device))
-    images = torch.rand(2, 8, 3, 16, 16, dtype=dtype)[:, distributed.own_slice(8)].to(device)
+    parallel = ddp.data_parallel(model.to(device), torch.device(device))
+    images = torch.rand(2, 8, 3, 16, 16, dtype=dtype)[:, collectives.local_slice(8)].to(device)
     kept: dict[int, int] = {}
     alive, weights = [], {p.data_ptr() for p in model.parameters()}
 
@@ -120,15 +124,15 @@ def test_a_run_is_the_same_with_and_without(images: Path, ranks: Ranks, tmp_path
 def test_it_is_no_other_run_and_not_compiled(images: Path) -> None:
     with_it = build(Pretrain, [("here", {"model.checkpoint_stages": True, "data.train": str(images)})])
     without = build(Pretrain, [("here", {"data.train": str(images)})])
-    assert config.result_keys(with_it) == config.result_keys(without)
+    assert schema.result_keys(with_it) == schema.result_keys(without)
     with_it.compile = True
-    with pytest.raises(ValueError, match=r"model.checkpoint_stages=true can't be compiled: compile=false"):
+    with pytest.raises(ValueError, match=r"model.checkpoint_stages=true: it can't be compiled; set compile=false"):
         make_plan(with_it, open_dataset(str(images), "train"))
 
 
 def test_the_doctor_counts_it() -> None:
     def predicted(stages: bool) -> int:
         given = {"model.arch": "resnet50", "model.width": 1.0, "model.checkpoint_stages": stages, "data.size": 64}
-        return doctor.activation_bytes(build(Pretrain, [("here", given)]))
+        return forecast.activation_bytes(build(Pretrain, [("here", given)]))
 
     assert 0.2 * predicted(False) < predicted(True) < 0.6 * predicted(False)

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -11,9 +12,13 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from simclr_ddp import checkpoint
-from simclr_ddp.distributed import CrossRankBatchNorm
-from simclr_ddp.model import BLOCKS, STEMS, Encoder, SimCLR, initialize, projection_head, read_weights
+from simclr_ddp.distributed import collectives
+from simclr_ddp.distributed.batch_norm import CrossRankBatchNorm
+from simclr_ddp.models.resnet import BLOCKS, STEMS, Encoder
+from simclr_ddp.models.simclr import SimCLR, projection_head
+from simclr_ddp.models.weights import initialize, read_weights
+from simclr_ddp.runs import checkpoint
+from tests.support.ranks import Ranks
 
 ARCHS = tuple(BLOCKS)
 TINY = 1 / 16
@@ -130,9 +135,9 @@ def test_only_wide_encoders_are_channels_last() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("resnet20",), "model.arch=resnet20 is not known: one of resnet18"),
-        (("resnet18", 1.0, "tiny"), "model.stem=tiny is not known: one of cifar"),
-        (("resnet18", 0.001), "model.width=0.001 leaves no channel"),
+        (("resnet20",), "model.arch=resnet20: unknown value; choose one of resnet18"),
+        (("resnet18", 1.0, "tiny"), "model.stem=tiny: unknown value; choose one of cifar"),
+        (("resnet18", 0.001), "model.width=0.001: leaves no channel"),
     ],
 )
 def test_unknown_encoders(arguments: tuple, message: str) -> None:
@@ -268,13 +273,36 @@ def test_weights_of_another_arch(arch: str, width: float, tmp_path: Path) -> Non
     path = write("safetensors", tmp_path, trained(arch, width))
     encoder = Encoder("resnet18", TINY)
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    with pytest.raises(ValueError, match="weights of the same arch and width are wanted"):
+    with pytest.raises(ValueError, match="give weights of the same arch and width"):
         initialize(encoder, str(path), "resnet18", TINY)
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 
+def test_weights_of_other_tools_are_refused_with_their_prefix(tmp_path: Path) -> None:
+    """As MoCo, solo-learn and DINO name them."""
+    state = trained()
+    for prefixes, told in (
+        (["module.encoder_q."], "named module.encoder_q.conv1.weight, expected is conv1.weight; save those"),
+        (["backbone."], "save those with the prefix backbone. without it"),
+        (["student.module.backbone.", "teacher.module.backbone."],
+         "save one group with the prefix student.module.backbone. and teacher.module.backbone. without it"),
+    ):  # fmt: skip
+        torch.save({"state_dict": {p + k: v for p in prefixes for k, v in state.items()}}, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match=re.escape(told)) as caught:
+            initialize(Encoder("resnet18", TINY), str(tmp_path / "other.pth"), "resnet18", TINY)
+        assert "only 0 of the 120 tensors of resnet18 x 0.0625 fit" in str(caught.value)
+    torch.save({"student": state, "teacher": state, "epoch": 3}, tmp_path / "dino.pth")
+    with pytest.raises(ValueError, match="no state dict but a dict of student, teacher, epoch; give a file of named"):
+        read_weights(tmp_path / "dino.pth")
+    wider = write("safetensors", tmp_path, trained("resnet18", 2 * TINY))
+    with pytest.raises(
+        ValueError, match=r"conv1.weight, which has the shape \[8, 3, 7, 7\], expected is \[4, 3, 7, 7\]"
+    ):
+        initialize(Encoder("resnet18", TINY), str(wider), "resnet18", TINY)
+
+
 def test_files_that_are_no_weights(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="do not exist"):
+    with pytest.raises(ValueError, match="does not exist"):
         read_weights(tmp_path / "missing.pt")
     for name in ("noise.pt", "noise.safetensors"):
         (tmp_path / name).write_bytes(b"no weights at all" * 100)
@@ -330,8 +358,44 @@ def test_torchvisions_weights_come_from_the_cache(tmp_path: Path, monkeypatch: p
     assert "from torchvision; random: conv1.weight; not used:" in sentence
     for key in ("layer1.0.conv1.weight", "layer4.1.bn2.running_var", "bn1.weight"):
         assert torch.equal(encoder.state_dict()[key], state[key]), key
-    with pytest.raises(ValueError, match=r"no weights of model.width=0.5: width 1 is wanted"):
+    with pytest.raises(ValueError, match=r"no weights exist for model.width=0.5; set model.width=1"):
         initialize(encoder, "torchvision", "resnet18", 0.5)
+    assert initialize(Encoder("resnet18", 1), "auto", "resnet18", 1).startswith("100 of 120 tensors from torchvision")
+
+
+def test_auto_is_random_without_imagenet_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    fault: Exception = OSError("no network")
+
+    def download(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    encoder = Encoder("resnet18", 1)
+    before = encoder.conv1.weight.clone()
+    sentence = initialize(encoder, "auto", "resnet18", 1)
+    assert sentence.startswith("random, since") and "can't be downloaded (no network)" in sentence
+    assert "set model.width=1" in initialize(Encoder("resnet18", TINY), "auto", "resnet18", TINY)
+    fault = RuntimeError("invalid hash value")
+    with pytest.raises(ValueError, match=r"\(invalid hash value\); copy the file to .*, or set model.init=random"):
+        initialize(encoder, "torchvision", "resnet18", 1)
+    assert torch.equal(encoder.conv1.weight, before)
+
+
+def load_where_one_rank_fails() -> str:
+    def load(*_: object, **__: object) -> dict[str, Tensor]:
+        if collectives.rank() == 1:
+            raise OSError("no disk")
+        return torchvision.models.resnet18(weights=None).state_dict()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.hub, "load_state_dict_from_url", load)
+        return initialize(Encoder("resnet18", 1), "auto", "resnet18", 1)
+
+
+def test_ranks_start_from_random_weights_together(ranks: Ranks) -> None:
+    first, second = ranks.run(2, load_where_one_rank_fails)
+    assert first == second and "random, since" in first and "(no disk)" in first
 
 
 def test_random_is_left_alone() -> None:

@@ -10,8 +10,8 @@ import torch
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from simclr_ddp.data import Dataset
-from simclr_ddp.maps import Colouring, Map, apart, colouring, maps, pca, scatter, thumbnails, tsne
+from simclr_ddp.data.dataset import Dataset
+from simclr_ddp.plots.maps import Colouring, Map, apart, colouring, maps, pca, scatter, thumbnails, tsne
 
 
 def clusters(count: int, width: int = 20, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:

@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from simclr_ddp import checkpoint
-from simclr_ddp.model import Encoder, initialize
+from simclr_ddp.models.resnet import Encoder
+from simclr_ddp.models.weights import initialize
+from simclr_ddp.runs import checkpoint
+from simclr_ddp.runs.encoder import export_encoder
+from simclr_ddp.system import files
 
 
 def state_of(step: int) -> dict:
@@ -78,20 +81,20 @@ def test_a_failing_writer_leaves_the_old_file(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.replace_atomically(path, half)
+        files.replace_atomically(path, half)
     assert path.read_text() == "old" and names(tmp_path) == ["file"]
-    checkpoint.replace_atomically(path, lambda temporary: temporary.write_text("new"))
+    files.replace_atomically(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "new" and names(tmp_path) == ["file"]
 
 
 def test_the_old_file_is_there_while_the_new_one_is_written(tmp_path: Path) -> None:
-    checkpoint.replace_atomically(tmp_path / "file", lambda temporary: temporary.write_text("old"))
+    files.replace_atomically(tmp_path / "file", lambda temporary: temporary.write_text("old"))
 
     def write(temporary: Path) -> None:
         temporary.write_text("new")
         assert (tmp_path / "file").read_text() == "old" and temporary.parent == tmp_path
 
-    checkpoint.replace_atomically(tmp_path / "file", write)
+    files.replace_atomically(tmp_path / "file", write)
 
 
 class Unsaveable:
@@ -120,7 +123,7 @@ def test_a_half_written_one_is_kept_aside_and_the_one_before_used(share: float, 
         truncate(tmp_path / f"step-0000000{step}.pt", share)
     told: list[str] = []
     assert checkpoint.newest(tmp_path, told.append) == tmp_path / "step-00000001.pt"
-    assert len(told) == 2 and all("can't be used" in t and "\n" not in t and "kept aside as" in t for t in told)
+    assert len(told) == 2 and all("can't be used" in t and "\n" not in t and "renamed to" in t for t in told)
     assert "step-00000003.pt.damaged" in names(tmp_path) and "step-00000002.pt.damaged" in names(tmp_path)
     assert checkpoint.newest(tmp_path, pytest.fail) == tmp_path / "step-00000001.pt"
 
@@ -178,7 +181,7 @@ def test_a_flipped_bit_anywhere_is_found_out_or_changes_nothing(tmp_path: Path) 
 def test_another_archive_is_no_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "step-00000001.pt"
     torch.save({"model": {}}, path)
-    with pytest.raises(ValueError, match="it is no training checkpoint"):
+    with pytest.raises(ValueError, match="it is not a training checkpoint"):
         checkpoint.load(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("data.pkl", b"nonsense")
@@ -191,7 +194,7 @@ def test_another_archive_is_no_checkpoint(tmp_path: Path) -> None:
 def test_exported_encoder(tmp_path: Path) -> None:
     encoder = Encoder("resnet18", 1 / 16, "cifar").to(memory_format=torch.channels_last)
     path = tmp_path / "encoder.safetensors"
-    checkpoint.export_encoder(path, encoder, {"arch": "resnet18", "width": "0.0625"})
+    export_encoder(path, encoder, {"arch": "resnet18", "width": "0.0625"})
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"arch": "resnet18", "width": "0.0625"}
         assert set(file.keys()) == set(encoder.state_dict())

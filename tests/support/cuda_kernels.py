@@ -1,7 +1,7 @@
-"""Stand-ins for torch's batch-norm kernels that exist on CUDA alone, by their formulas (cuda/Normalization.cuh).
+"""Replacements for torch's batch-norm kernels that exist only on CUDA, by their formulas (cuda/Normalization.cuh).
 
-For the CPU they make the fused batch norm's steps testable there, for the Meta key on fake CUDA tensors. They assert
-what the kernels assert or silently take for granted.
+They make the fused batch norm testable on the CPU, and, for the Meta key, on fake CUDA tensors. They assert what the
+kernels assert or assume without a check.
 """
 
 import warnings
@@ -21,7 +21,7 @@ def _alike(x: Tensor) -> list[int]:
 
 
 def _lies(x: Tensor, *others: Tensor) -> None:
-    """Raw pointers are read: all must lie in memory as x does, channels last or in rows."""
+    """Check that all have the memory layout of x (channels last or contiguous), because kernels read raw pointers."""
     form = torch.channels_last if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else None
     for t in (x, *others):
         assert t.shape == x.shape and t.dtype == x.dtype
@@ -84,9 +84,9 @@ def backward_elemt(
 
 @contextmanager
 def on(key: str) -> Iterator[None]:
-    """Within, they are torch's kernels for this dispatch key."""
+    """In this context, use the replacements as torch's kernels for this dispatch key."""
     with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the CPU has one of them, which takes statistics of bf16 in bf16
+        warnings.simplefilter("ignore")  # the CPU has one of them, but computes statistics of bf16 in bf16
         kernels = {"elemt": elemt, "backward_reduce": backward_reduce, "backward_elemt": backward_elemt}
         for name, kernel in (kernels | {"update_stats": update_stats}).items():
             library.impl(f"batch_norm_{name}", kernel, key)

@@ -1,9 +1,9 @@
-"""CUDA code paths on a machine without a GPU: tensors that have shape, dtype and device, and no numbers.
+"""Run CUDA code paths on a machine without a GPU: fake tensors have a shape, dtype and device, but no numbers.
 
-Under `fake_cuda()` an operation raises that needs a number of the device on the host (`.item()`, a mask) or that takes
-tensors of two devices, and within `NoHostWaits()` also one that copies between them and has the host wait for it. The
-backward pass runs too, by `backward` and `gradients`, which stand in for torch's engine: that one asks the driver for
-streams. What the kernels themselves assert, and how fast they are, only a GPU shows.
+Under `fake_cuda()` an operation raises if it needs a number of the device on the host (`.item()`, a mask) or takes
+tensors of two devices; under `NoHostWaits()` also if it copies between them and makes the host wait. `backward` and
+`gradients` replace torch's engine for the backward pass, because that asks the driver for streams. Only a real GPU
+shows what the kernels assert, and how fast they are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,17 +18,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests import cuda_kernels
+from tests.support import cuda_kernels
 
 CUDA = torch.device("cuda", 0)
 
 
 class HostWait(RuntimeError):
-    """A copy between host and device that the host waits for."""
+    """Raised for a copy between host and device that the host waits for."""
 
 
 class NoHostWaits(TorchDispatchMode):
-    """Within, HostWait is raised for such a copy; whatever prepares a run may make it outside."""
+    """Raises HostWait for such copies in this context; code that prepares a run may make them outside of it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -45,7 +45,7 @@ class NoHostWaits(TorchDispatchMode):
 
 
 class FakeEvent:
-    """Stands for torch.cuda.Event, which asks the driver."""
+    """Replaces torch.cuda.Event, which needs the driver."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.recorded = self.waited_for = False
@@ -60,7 +60,7 @@ class FakeEvent:
 
 @contextmanager
 def fake_cuda() -> Iterator[None]:
-    """Within, new tensors are fake, torch's backward passes are the ones below, and what needs a driver is replaced."""
+    """In this context new tensors are fake, and torch's backward passes and all calls of the driver are replaced."""
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(torch.cuda, "Event", FakeEvent)
@@ -79,7 +79,7 @@ def fake_cuda() -> Iterator[None]:
 
 
 def _to(module: nn.Module, *args: Any, memory_format: torch.memory_format | None = None) -> nn.Module:
-    """nn.Module.to, which swaps the insides of fake parameters and fails where anything else refers to them."""
+    """Replace nn.Module.to, which swaps the contents of fake parameters and fails if anything else refers to them."""
     for part in module.modules():
         for name, value in [*part._parameters.items(), *part._buffers.items()]:
             if value is None:
@@ -98,7 +98,7 @@ def _to(module: nn.Module, *args: Any, memory_format: torch.memory_format | None
 
 @contextmanager
 def fake_group(size: int) -> Iterator[None]:
-    """Rank 0 of a process group whose collectives do nothing; with size 1 there is none."""
+    """Join, as rank 0, a process group whose collectives do nothing; with size 1 there is no group."""
     if size > 1:
         dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
     try:
@@ -108,7 +108,7 @@ def fake_group(size: int) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-_pass = [-1]  # the backward passes under way, numbered, for torch.utils.checkpoint
+_pass = [-1]  # numbers of the running backward passes, for torch.utils.checkpoint
 
 
 def gradients(
@@ -118,7 +118,7 @@ def gradients(
     create_graph: bool = False,
     **_: Any,
 ) -> tuple[Tensor, ...]:
-    """torch.autograd.grad, on this thread and without streams."""
+    """Replace torch.autograd.grad, on this thread and without streams."""
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     given = grad_outputs if isinstance(grad_outputs, list | tuple) else [grad_outputs] * len(outputs)
@@ -127,7 +127,7 @@ def gradients(
 
 
 def backward(outputs: list[Tensor], given: list[Tensor | None]) -> None:
-    """torch.autograd.backward, on this thread and without streams."""
+    """Replace torch.autograd.backward, on this thread and without streams."""
     for (node, _), gradient in _run(outputs, given, False).items():
         if hasattr(node, "variable"):
             leaf = node.variable
@@ -144,7 +144,7 @@ def _edge(tensor: Tensor) -> Edge:
 
 
 def _run(outputs: list[Tensor], given: list[Tensor | None], create_graph: bool) -> dict[Edge, Tensor]:
-    """The gradient that arrives at every place of the graph."""
+    """Return the gradient that arrives at every edge of the graph."""
     roots = [_edge(output) for output in outputs]
     waits: dict[Any, int] = {}
     stack = [node for node, _ in roots]
@@ -161,10 +161,10 @@ def _run(outputs: list[Tensor], given: list[Tensor | None], create_graph: bool) 
     def add(edge: Edge, gradient: Tensor | None) -> None:
         if gradient is None:
             return
-        wanted = edge[0]._input_metadata[edge[1]]
-        if gradient.device != wanted.device:
-            raise RuntimeError(f"{edge[0].name()}: a gradient on {gradient.device} of a value on {wanted.device}")
-        gradient = gradient.sum_to_size(wanted.shape).to(wanted.dtype)  # as the engine does
+        value = edge[0]._input_metadata[edge[1]]
+        if gradient.device != value.device:
+            raise RuntimeError(f"{edge[0].name()}: a gradient on {gradient.device} of a value on {value.device}")
+        gradient = gradient.sum_to_size(value.shape).to(value.dtype)  # as the engine does
         arrived[edge] = arrived[edge] + gradient if edge in arrived else gradient
 
     _pass.append(max(_pass) + 1)

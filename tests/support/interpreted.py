@@ -1,7 +1,7 @@
-"""The Triton kernels in Triton's interpreter against float64: prints {case: {what: relative error}} as JSON.
+"""Compare the Triton kernels in Triton's interpreter with float64: prints {case: {what: relative error}} as JSON.
 
-A program of its own, `TRITON_INTERPRET=1 python -m tests.interpreted`: the variable counts when triton is imported,
-which other tests may have done. tests/test_triton.py judges the errors.
+It is a separate program, `TRITON_INTERPRET=1 python -m tests.support.interpreted`, because triton reads the variable
+when it is imported, and other tests may have imported it. tests/losses/test_triton_log_sums.py checks the errors.
 """
 
 import json
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simclr_ddp import tile_kernels, tiled, triton_log_sums
-from simclr_ddp.losses import Objective, _log_kernels, contrastive_loss, log_kernel, normalize, tile_kernel
-from simclr_ddp.triton_log_sums import Shape, Side
+from simclr_ddp.losses import log_sums, tile_kernels, triton_log_sums
+from simclr_ddp.losses.contrastive import contrastive_loss, log_kernels, normalize
+from simclr_ddp.losses.kernels import Objective, log_kernel, tile_kernel
+from simclr_ddp.losses.triton_log_sums import Shape, Side
 
 SHAPES = ((1, 16), (2, 16), (17, 100))  # images, width
 SMALL = Shape(16, 16, 16, 4)  # blocks: several of rows, of columns and of the width
@@ -31,7 +32,7 @@ def objectives() -> dict[str, Objective]:
 
 
 def views(total: int, width: int, objective: Objective, seed: int = 0) -> Tensor:
-    """z [2, N, D], rounded to float32 but of float64."""
+    """Return z [2, N, D] in float64, with values rounded to float32."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randn(total, width, generator=generator, dtype=torch.float64)
     y = torch.stack([y, y + 0.5 * torch.randn(y.shape, generator=generator, dtype=torch.float64)])
@@ -39,32 +40,32 @@ def views(total: int, width: int, objective: Objective, seed: int = 0) -> Tensor
 
 
 def exact(z: Tensor, z_all: Tensor, first: int, objective: Objective) -> Tensor:
-    """Log-sums by whole matrices."""
-    return _log_kernels(z, z_all, first, log_kernel(objective))[1].logsumexp(dim=1)
+    """Compute the log-sums from complete matrices."""
+    return log_kernels(z, z_all, first, log_kernel(objective))[1].logsumexp(dim=1)
 
 
 def error(got: Tensor, expected: Tensor) -> float:
-    """Relative to the norm; inf where something isn't a number."""
+    """Return the error relative to the norm; inf if a value isn't a number."""
     value = ((got.double() - expected).norm() / expected.norm().clamp(min=1e-12)).item()
     return value if math.isfinite(value) else math.inf
 
 
-def problem(objective: Objective, first: int = 0, ranks: Any = None) -> tiled.Problem:
+def problem(objective: Objective, first: int = 0, ranks: Any = None) -> tile_kernels.Problem:
     kernel, form = tile_kernel(objective), partial(exact, first=first, objective=objective)
-    return tiled.Problem(kernel, form, first, objective.precision, ranks, "triton")
+    return tile_kernels.Problem(kernel, form, first, objective.precision, ranks, "triton")
 
 
-def by_hook(z: Tensor, z_all: Tensor | None, upstream: Tensor, of: tiled.Problem) -> tuple[Tensor, ...]:
-    """Log-sums of float32 copies, and their weighted sum's gradients."""
+def by_hook(z: Tensor, z_all: Tensor | None, upstream: Tensor, of: tile_kernels.Problem) -> tuple[Tensor, ...]:
+    """Return the log-sums of float32 copies, and the gradients of their weighted sum."""
     leaf = z.float().requires_grad_()
     columns = leaf if z_all is None else z_all.float().requires_grad_(of.ranks is None)
-    sums = tiled.log_sums(leaf, columns, of)
-    wanted = [t for t in (leaf, columns) if t.requires_grad][: 1 if z_all is None else 2]
-    return sums.detach(), *torch.autograd.grad((sums * upstream.float()).sum(), wanted)
+    sums = log_sums.log_sums(leaf, columns, of)
+    leaves = [t for t in (leaf, columns) if t.requires_grad][: 1 if z_all is None else 2]
+    return sums.detach(), *torch.autograd.grad((sums * upstream.float()).sum(), leaves)
 
 
 def of_loss(objective: Objective, total: int, width: int) -> dict[str, float]:
-    """The loss of a whole batch and its gradient; for one image, which has no negatives, both are 0."""
+    """Compare the loss of a complete batch and its gradient; for one image, which has no negatives, both are 0."""
     exactly = replace(objective, backend="tiled", precision="fp32")
     results = []
     for dtype, of in ((torch.float32, objective), (torch.float64, exactly)):
@@ -77,8 +78,8 @@ def of_loss(objective: Objective, total: int, width: int) -> dict[str, float]:
     return {"loss": error(got, expected), "gradient": error(gradient, wanted)}
 
 
-def whole_batch(objective: Objective) -> dict[str, float]:
-    """Every image an anchor, and weights of both signs."""
+def complete_batch(objective: Objective) -> dict[str, float]:
+    """Compare log-sums and gradient if every image is an anchor, with weights of both signs."""
     z = views(17, 16, objective).requires_grad_()
     upstream = torch.linspace(-1, 2, 34, dtype=torch.float64)
     expected = exact(z, z, 0, objective)
@@ -88,7 +89,7 @@ def whole_batch(objective: Objective) -> dict[str, float]:
 
 
 def sub_batch(objective: Objective) -> dict[str, float]:
-    """Anchors 5 to 15 of 37 images, with a gradient in the columns too."""
+    """Compare log-sums and gradients of anchors 5 to 15 of 37 images, with a gradient also in the columns."""
     z_all = views(37, 20, objective).requires_grad_()
     z = z_all.detach()[:, 5:16].clone().requires_grad_()
     upstream = torch.linspace(-1, 2, 22, dtype=torch.float64)
@@ -101,7 +102,7 @@ def sub_batch(objective: Objective) -> dict[str, float]:
 
 @dataclass
 class OneOfTwo:
-    """A rank beside one that is played: it knows what the other will say, and checks what this one does."""
+    """One of two ranks, the other of which is simulated: holds its answer, and checks what this rank sends."""
 
     index: int
     answer: Tensor
@@ -114,7 +115,7 @@ class OneOfTwo:
 
 
 def two_ranks(objective: Objective) -> dict[str, float]:
-    """Each rank's own weights; the gradient is that of the sum over both."""
+    """Compare two ranks with different weights; the gradient is that of the sum over both."""
     z_all = views(18, 20, objective).requires_grad_()
     upstream = torch.linspace(-1, 2, 36, dtype=torch.float64)
     expected = exact(z_all, z_all, 0, objective)
@@ -132,10 +133,10 @@ def two_ranks(objective: Objective) -> dict[str, float]:
 
 
 def blocks(objective: Objective) -> dict[str, float]:
-    """Other blocks and several runs of columns give the same."""
+    """Check that other blocks and several runs of columns give the same result."""
     z, kernel = views(40, 40, objective).float(), tile_kernel(objective)
     expected = exact(z.double(), z.double(), 0, objective)
-    assert triton_log_sums._parts(Side(z, 0), Side(z, 0), SMALL)[0] > 1
+    assert triton_log_sums.column_ranges(Side(z, 0), Side(z, 0), SMALL)[0] > 1
     sums = triton_log_sums.log_sums(Side(z, 0), Side(z, 0), kernel, SMALL)
     side = Side(z, 0, sums, torch.full_like(sums, 0.01))
     gradients = [triton_log_sums.gradient(side, side, kernel, "fp32", shape) for shape in (SMALL, None)]
@@ -147,7 +148,10 @@ def blocks(objective: Objective) -> dict[str, float]:
 
 
 def near_pairs(objective: Objective) -> dict[str, float]:
-    """Pairs of other images within the floor: a kernel, but no slope. Far from every other, or float32 can't tell."""
+    """Compare pairs of different images closer than the floor: they have a kernel value, but no slope.
+
+    They are far from all other images, otherwise float32 could not resolve the difference.
+    """
     z = views(12, 16, objective)
     z[:, 7] = z[:, 2] * (1 + 1e-7)
     leaf = z.clone().requires_grad_()
@@ -157,7 +161,7 @@ def near_pairs(objective: Objective) -> dict[str, float]:
 
 
 def not_a_number(objective: Objective) -> dict[str, float]:
-    """Of how many rows it goes unseen that an embedding, as row or as column, is NaN: row 3 pairs with all but 20."""
+    """Count the rows in which a NaN embedding, as row or as column, stays unnoticed: row 3 pairs with all except 20."""
     z, kernel = views(17, 16, objective).float(), tile_kernel(objective)
     sums = triton_log_sums.log_sums(Side(z, 0), Side(z, 0), kernel)
     z[0, 3, 5] = math.nan
@@ -168,7 +172,7 @@ def not_a_number(objective: Objective) -> dict[str, float]:
 
 
 def second_derivative(objective: Objective) -> dict[str, float]:
-    """By the plain form, in float32."""
+    """Compare the second derivative, which uses the plain form, in float32."""
     norms = []
     for dtype, of in ((torch.float32, objective), (torch.float64, replace(objective, backend="tiled"))):
         leaf = views(7, 16, objective).to(dtype).requires_grad_()
@@ -184,13 +188,13 @@ def main() -> int:
     torch.set_num_threads(1)
     cosine = torch.zeros(2, 1, 16)
     usable = triton_log_sums.usable(cosine, tile_kernels.Cosine(1.0))  # on a CPU it never is by itself
-    triton_log_sums.usable = lambda z, kernel: z.dtype == torch.float32 and triton_log_sums._known(kernel)
+    triton_log_sums.usable = lambda z, kernel: z.dtype == torch.float32 and triton_log_sums.supports(kernel)
     found: dict[str, dict[str, float]] = {"usable on a CPU": {"usable": float(usable)}}
     for name, plain in objectives().items():
         objective = replace(plain, backend="triton")
         for total, width in SHAPES:
             found[f"{name}: {total} images, width {width}"] = of_loss(objective, total, width)
-        found[f"{name}: whole batch"] = whole_batch(objective)
+        found[f"{name}: whole batch"] = complete_batch(objective)
         found[f"{name}: sub-batch"] = sub_batch(objective)
         found[f"{name}: two ranks"] = two_ranks(objective)
     for name, objective in objectives().items():

@@ -1,9 +1,9 @@
-"""Counts the kernels that a training step launches on a GPU, from its operations on the CPU.
+"""Count the kernels that a training step launches on a GPU, from its operations on the CPU.
 
 An operation counts as one kernel, a list operation (`_foreach_`, fused optimizers) as CUDA's launches of it, a
-convolution's backward pass as one for each gradient. Views, allocations and metadata count nothing, and neither do
-collectives, which are counted apart. It is the same step on both devices but for what CUDA does inside of an operation
-(batch norm in two or three kernels, a layout change before a convolution), which is not counted.
+convolution's backward pass as one for each gradient. Views, allocations and metadata count as none; collectives are
+counted separately. The step is the same on both devices, except that CUDA may launch several kernels inside an
+operation (batch norm in two or three, a layout change before a convolution), which are not counted.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# torch's MultiTensorApply.cuh: entries of a list in one launch, by the number of lists, and blocks of so many numbers.
+# From torch's MultiTensorApply.cuh: list entries per launch by the number of lists, blocks per launch, block size.
 TENSORS, BLOCKS, BLOCK = (770, 448, 336, 252, 210), 2240, 65536
 CLEANED = 110  # norms of tensors that one launch completes (ForeachReduceOp.cu)
 CAT = 128  # tensors that one launch concatenates (cuda/Shape.cu)
@@ -26,7 +26,7 @@ NOTHING = {
 
 
 def kernels(function: Any, arguments: Any, result: Any) -> int:
-    """How many kernels the operation launches on CUDA."""
+    """Return the number of kernels that the operation launches on CUDA."""
     namespace, _, name = function._schema.name.partition("::")
     if namespace in ("c10d", "prim", "profiler") or name in NOTHING or name.startswith("sym_"):
         return 0
@@ -47,14 +47,14 @@ def _of_lists(name: str, given: list[Any], result: Any) -> int:
     lists = [entry for entry in given if entry and isinstance(entry[0], Tensor)]
     if not name.endswith("_") and isinstance(result, list | tuple) and "norm" not in name:
         lists.append(result)
-    if name.startswith("_fused_"):  # the step counts go along
+    if name.startswith("_fused_"):  # the lists also contain the step counts
         lists = [entry for entry in lists if entry[0].dim() or entry is lists[0]]
     first = lists[0]
     alike = all(t.dtype == first[0].dtype for entry in lists for t in entry) and all(
         _strides(t) == _strides(f) for entry in lists[1:] for t, f in zip(entry, first, strict=True)
     )
     if not alike and name != "_foreach_copy_":
-        return len(first)  # CUDA takes them one by one
+        return len(first)  # CUDA launches one kernel for each
     launches = _launches(first, min(len(lists), 5))
     return launches + 2 + -(-len(first) // CLEANED) if "norm" in name else launches
 
@@ -75,7 +75,7 @@ def _launches(tensors: Iterable[Tensor], depth: int) -> int:
 
 
 class Launches(TorchDispatchMode):
-    """Within, operations are counted under the name that `part` last gave."""
+    """Counts the operations in its context, by the name that `part` set last."""
 
     def __init__(self) -> None:
         super().__init__()

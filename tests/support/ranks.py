@@ -1,6 +1,7 @@
-"""Four processes, started once for the test session, that run functions as the ranks of a gloo process group."""
+"""Four processes, started once per test session, that run functions as the ranks of a gloo process group."""
 
 import io
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -22,7 +23,7 @@ def _serve(pipe: Connection, rank: int) -> None:
         os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         try:
             if world_size > 1:
-                limit = timedelta(seconds=60)
+                limit = timedelta(seconds=180)
                 method = f"file://{store}"
                 dist.init_process_group("gloo", method, timeout=limit, rank=rank, world_size=world_size)
                 dist.barrier()  # a function that fails at once must not leave while others are still connecting
@@ -39,6 +40,9 @@ def _serve(pipe: Connection, rank: int) -> None:
 class Ranks:
     def __init__(self, count: int = 4) -> None:
         self._count = count
+        # The file of a group must outlive it: the destructor of FileStore, which may run late, ends a process without.
+        self._folder = tempfile.TemporaryDirectory()
+        self._stores = itertools.count()
         self._start()
 
     def _start(self) -> None:
@@ -53,20 +57,24 @@ class Ranks:
             self._processes.append(process)
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """function(*arguments) on ranks 0 .. world_size - 1; their results in order.
+        """Run function(*arguments) on ranks 0 .. world_size - 1, and return their results in order.
 
-        The function must be importable; it returns tensors and plain values. Fails with the first rank's traceback.
+        The function must be importable; it returns tensors and plain values. If a rank fails, its traceback is raised.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            for pipe in self._pipes[:world_size]:
-                pipe.send((world_size, os.path.join(folder, "store"), function, arguments))
-            answers = []
-            for pipe in self._pipes[:world_size]:
-                if not pipe.poll(120):
-                    self.close()
-                    self._start()
-                    raise AssertionError("a rank does not answer; all were started anew")
-                answers.append(pipe.recv())
+        store = os.path.join(self._folder.name, f"store-{next(self._stores)}")
+        for pipe in self._pipes[:world_size]:
+            pipe.send((world_size, store, function, arguments))
+        answers = []
+        for pipe in self._pipes[:world_size]:
+            try:
+                answered = pipe.poll(240)
+                answers += [pipe.recv()] if answered else []
+            except (EOFError, ConnectionError):
+                answered = False
+            if not answered:
+                self.close()
+                self._start()
+                raise AssertionError("a rank does not answer or has ended; all ranks were started again")
         for status, answer in answers:
             if status == "failed":
                 raise AssertionError(f"a rank failed:\n{answer}")

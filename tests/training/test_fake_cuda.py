@@ -4,6 +4,7 @@ On one rank, and as rank 0 of a fake process group of two.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,22 +13,28 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from simclr_ddp import KernelInfoNCE, distributed, pretrain, report
-from simclr_ddp.augmentations import Augmentation
-from simclr_ddp.config import Pretrain, build
-from simclr_ddp.data import Batch, Dataset, training_images
-from simclr_ddp.distributed import CrossRankBatchNorm
-from simclr_ddp.draws import view_uniforms
-from simclr_ddp.guard import STEPS, LearningRateGuard
-from simclr_ddp.losses import KERNELS
-from simclr_ddp.model import recomputed
-from simclr_ddp.optim import global_norm, make_optimizer, set_learning_rate
-from simclr_ddp.report import LateReader, Reporter
-from simclr_ddp.runtime import Runtime
-from simclr_ddp.state import State
-from simclr_ddp.step import forward_backward
-from tests.fake_cuda import CUDA, HostWait, NoHostWaits, fake_cuda, fake_group, gradients
-from tests.test_losses_fake_cuda import MEMBERS, member
+from simclr_ddp import KernelInfoNCE
+from simclr_ddp.config.options import build
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.data.augmentations import Augmentation
+from simclr_ddp.data.batches import Batch, training_images
+from simclr_ddp.data.dataset import Dataset
+from simclr_ddp.data.draws import view_uniforms
+from simclr_ddp.distributed import collectives
+from simclr_ddp.distributed.batch_norm import CrossRankBatchNorm
+from simclr_ddp.distributed.runtime import Runtime
+from simclr_ddp.losses.kernels import KERNELS
+from simclr_ddp.models.resnet import recompute
+from simclr_ddp.training import components
+from simclr_ddp.training import reporter as report
+from simclr_ddp.training.optim import global_norm, make_optimizer, set_learning_rate
+from simclr_ddp.training.plan import Plan
+from simclr_ddp.training.reporter import LateReader, Reporter
+from simclr_ddp.training.sanity import STEPS, LearningRateGuard
+from simclr_ddp.training.state import State
+from simclr_ddp.training.step import Record, agree, forward_backward
+from tests.support.fake_cuda import CUDA, HostWait, NoHostWaits, fake_cuda, fake_group, gradients
+from tests.support.objectives import MEMBERS, member
 
 CLASSES, IMAGES, BATCH = 10, 64, 8  # of a data set without files; B on each rank
 PRECISIONS = ["fp32", "bf16", "fp16"]
@@ -52,7 +59,7 @@ def settings(**given: Any) -> Pretrain:
         "model.stem": "cifar",
         "head.out": 16,
         "loss.temperature": 0.5,
-        "optim.global_batch_size": BATCH * distributed.world_size(),
+        "optim.global_batch_size": BATCH * collectives.world_size(),
     }
     dotted = {key.replace("__", "."): value for key, value in given.items()}
     return build(Pretrain, [("the test", wanted | dotted)])
@@ -97,7 +104,7 @@ def test_the_backward_pass_is_that_of_torch() -> None:
         x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
         first, second = (nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), CrossRankBatchNorm(3)).double() for _ in range(2))
         h = first(x).relu()
-        h = h + recomputed(second, h)  # two ways that meet again
+        h = h + recompute(second, h)  # two ways that meet again
         y = h.flatten(1).unflatten(0, (2, 2))
         loss, weights = KernelInfoNCE("spectral")(y[0], y[1]), [*first.parameters(), *second.parameters()]
         found = gradients(loss, weights)
@@ -195,7 +202,7 @@ def test_probe_loss() -> None:
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_loss(name: str) -> None:
-    """As autocast hands it over; tests/test_losses_fake_cuda.py has float32, low temperatures and launches."""
+    """As autocast hands it over; tests/losses/test_fake_cuda.py has float32, low temperatures and launches."""
     objective = member(name)
     y = torch.randn(2, BATCH, 16, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     with NoHostWaits():
@@ -209,13 +216,13 @@ def test_loss(name: str) -> None:
 # --- collectives ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("collective", [distributed.differentiable_sum, distributed.gather], ids=["sum", "gather"])
+@pytest.mark.parametrize("collective", [collectives.differentiable_sum, collectives.gather], ids=["sum", "gather"])
 def test_collective_with_a_gradient(collective: Callable[[Tensor], Tensor], world_size: int) -> None:
     z = torch.zeros(2, BATCH, 4, device=CUDA, requires_grad=True)
     with NoHostWaits():
         found = collective(z.mT.contiguous().mT)  # of any strides
         found.square().sum().backward()
-    count = BATCH * (world_size if collective is distributed.gather else 1)
+    count = BATCH * (world_size if collective is collectives.gather else 1)
     assert found.device == CUDA and found.shape == (2, count, 4) and z.grad is not None
 
 
@@ -255,7 +262,7 @@ def test_state_step(name: str, precision: str) -> None:
         norm = state.gradient_norm()
         for _ in range(2):
             state.step(skip=~norm.isfinite())
-    assert norm.device == CUDA and state._failed.dtype == torch.bool
+    assert norm.device == CUDA and state.failed.dtype == torch.bool
 
 
 def test_learning_rate_guard() -> None:
@@ -273,26 +280,27 @@ def test_learning_rate_guard() -> None:
 
 def read_late(reader: LateReader) -> tuple[dict[str, Any], list[float]] | None:
     """LateReader.read, but for the numbers, which are not there."""
-    if reader._tag is None:
+    if reader.tag is None:
         return None
-    assert reader._host is not None and reader._host.device.type == "cpu"
-    reader._event.synchronize()  # type: ignore[union-attr]
-    return reader._tag, [1.0, 0.5, 0.0, 1.0]
+    assert reader.host is not None and reader.host.device.type == "cpu"
+    reader.event.synchronize()  # type: ignore[union-attr]
+    return reader.tag, [1.0, 0.5, 0.0, 1.0]
 
 
 @pytest.fixture
 def reporter(monkeypatch: pytest.MonkeyPatch) -> Reporter:
     monkeypatch.setattr(report, "peak_memory_bytes", lambda device: 0)
     monkeypatch.setattr(LateReader, "read", read_late)
-    return Reporter(None, 0, 10, BATCH, CUDA, fp16=False)
+    plan = Plan(Path(), 4, 10, 0, 0.1, "constant", 1)
+    return Reporter(None, plan, 0, images_per_step=BATCH, device=CUDA, fp16=False)
 
 
 def test_reporter(reporter: Reporter) -> None:
     with NoHostWaits():
         for step in range(3):
-            vector = torch.zeros(4, device=CUDA)
-            reporter.push({"step": step + 1, "epoch": 0.0, "learning_rate": 0.1}, True, vector)
-            assert reporter._reader._event.recorded and not reporter._reader._event.waited_for, "this step is read late"
+            values = torch.zeros(4, device=CUDA)
+            reporter.push(step, Record(values, ~values.isfinite().all()))
+            assert reporter.reader.event.recorded and not reporter.reader.event.waited_for, "this step is read late"
     reporter.end()
 
 
@@ -300,21 +308,19 @@ def test_reporter(reporter: Reporter) -> None:
 
 
 def step(made: Pretrain, precision: str, parts: int, reporter: Reporter, numbers: bool = False) -> None:
-    """A step as the loop of `pretrain.train` takes it; waiting for the device raises."""
+    """A step as the loop of pretrain takes it; waiting for the device raises."""
     runs, data = runtime(precision), dataset(numbers)
-    state, objective = State(made, runs, data), pretrain.make_objective(made)
-    augment = pretrain.make_augmentation(made, data, runs)
+    state, objective = State(made, runs, data), components.make_objective(made)
+    augment = components.make_augmentation(made, data, runs)
     guard = LearningRateGuard(state.optimizer, 1.0, 1.0)
     given = batch()._replace(inputs=torch.zeros(BATCH, 10, device=CUDA)) if numbers else batch()
     set_learning_rate(state.optimizer, 0.1)
     with NoHostWaits():
         loss, y = forward_backward(state.model, state, runs, objective, augment, given, 0, parts)
-        mine = torch.stack([loss, objective.top1(y[0], y[1]), torch.full_like(loss, False)])
-        vector = torch.cat([distributed.all_sum(mine) / distributed.world_size(), state.gradient_norm()[None]])
-        guard.before(0.1)
-        state.step(skip=~vector.isfinite().all())
-        assert guard.after(0.1) is None
-        reporter.push({"step": 1, "epoch": 0.0, "learning_rate": 0.1}, True, vector)
+        record = agree(loss, objective.top1(y[0], y[1]), False, state)
+        with guard.update(0.1):
+            state.step(skip=record.failed)
+        reporter.push(0, record)
     assert all(p.grad is not None and p.grad.device == CUDA for p in state.model.parameters())
 
 

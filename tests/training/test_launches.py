@@ -1,8 +1,8 @@
-"""How many kernels a training step launches: the steps of whole recipes, counted on the CPU (tests/launches.py)."""
+"""How many kernels a training step launches: steps of whole recipes, counted on the CPU (tests.support.launches)."""
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,47 +10,47 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from simclr_ddp import config, data, distributed, pretrain
-from simclr_ddp.augmentations import Augmentation
-from simclr_ddp.config import Pretrain
-from simclr_ddp.guard import LearningRateGuard
-from simclr_ddp.info_nce import KernelInfoNCE
-from simclr_ddp.model import SimCLR
-from simclr_ddp.probe import Probe
-from simclr_ddp.report import Reporter
-from simclr_ddp.run import make_plan
-from simclr_ddp.runtime import Runtime
-from simclr_ddp.state import State
-from tests import cuda_kernels
-from tests.launches import Launches
-from tests.ranks import Ranks
+from simclr_ddp.config.options import build, dotted
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.data import batches
+from simclr_ddp.data.augmentations import Augmentation
+from simclr_ddp.data.dataset import open_dataset
+from simclr_ddp.distributed import batch_norm, collectives
+from simclr_ddp.distributed.runtime import Runtime
+from simclr_ddp.losses.kernel_info_nce import KernelInfoNCE
+from simclr_ddp.models.simclr import SimCLR
+from simclr_ddp.training import components
+from simclr_ddp.training.optim import set_learning_rate
+from simclr_ddp.training.plan import make_plan
+from simclr_ddp.training.probe import Probe
+from simclr_ddp.training.sanity import LearningRateGuard
+from simclr_ddp.training.state import State
+from tests.support import cuda_kernels
+from tests.support.launches import Launches
+from tests.support.ranks import Ranks
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "pretrain"
 PARTS = [
-    *((data, "view_uniforms", "draws"), (Augmentation, "__call__", "augmentation"), (SimCLR, "forward", "forward")),
+    *((batches, "view_uniforms", "draws"), (Augmentation, "__call__", "augmentation"), (SimCLR, "forward", "forward")),
     *((KernelInfoNCE, "forward", "loss"), (KernelInfoNCE, "top1", "top1"), (Probe, "loss", "probe")),
     *((torch.Tensor, "backward", "backward"), (State, "step", "update"), (State, "gradient_norm", "gradient norm")),
     *((LearningRateGuard, "before", "guard"), (LearningRateGuard, "after", "guard")),
 ]
 
 
-class _Counted(Exception):
-    pass
-
-
 def counted_step(recipe: str, folder: Path, *more: str) -> dict[str, int]:
     """Kernels of each part of a recipe's second step (the first one makes the momentum), on few images."""
-    file = config._flat(OmegaConf.to_container(OmegaConf.load(CONFIGS / recipe)))  # type: ignore[arg-type]
-    here = {"run_dir": folder / str(distributed.rank()), "device": "cpu", "threads": 1, "data.workers": 0}
+    file = dotted(OmegaConf.to_container(OmegaConf.load(CONFIGS / recipe)))
+    here = {"run_dir": folder / str(collectives.rank()), "device": "cpu", "threads": 1, "data.workers": 0}
     here |= {"data.loader": "torch", "data.test": "", "log.every_steps": 1000, "optim.warmup_epochs": 0}
     changed = [("the test", here | dict(pair.split("=") for pair in more))]
-    settings = config.build(Pretrain, [(recipe, file), *changed])
+    settings = build(Pretrain, [(recipe, file), *changed])
     runtime = Runtime(torch.device("cpu"), settings.precision, 1)
-    dataset = data.open_dataset(settings.data.train, "train")
+    dataset = open_dataset(settings.data.train, "train")
     plan = make_plan(settings, dataset)
     plan.run_dir.mkdir(exist_ok=True)
-    counts, steps = Launches(), 0
+    counts = Launches()
 
     def within(inner: Callable[..., Any], part: str) -> Callable[..., Any]:
         def run(*given: Any, **options: Any) -> Any:
@@ -59,25 +59,24 @@ def counted_step(recipe: str, folder: Path, *more: str) -> dict[str, int]:
 
         return run
 
-    def push(*_: Any) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == 2:
-            raise _Counted
-        counts.clear()
-
     # What takes the way of CUDA where there are several ranks; on one rank it is nn.BatchNorm's.
-    fused = cuda_kernels.on("CPU") if distributed.world_size() > 1 else nullcontext()
+    fused = cuda_kernels.on("CPU") if collectives.world_size() > 1 else nullcontext()
     with pytest.MonkeyPatch.context() as patch, fused:
-        patch.setattr(distributed, "_fused", lambda _: distributed.world_size() > 1)
+        patch.setattr(batch_norm, "uses_fused_kernels", lambda _: collectives.world_size() > 1)
         for owner, name, part in PARTS:
             patch.setattr(owner, name, within(getattr(owner, name), part))
-        patch.setattr(Reporter, "push", push)
-        state = State(settings, runtime, dataset)
-        augment = pretrain.make_augmentation(settings, dataset, runtime)
-        objective = pretrain.make_objective(settings)
-        with counts, suppress(_Counted):
-            pretrain.train(settings, runtime, dataset, plan, state, objective, augment, 0, ([], 0))
+        training = components.make_training(settings, runtime, dataset, plan)
+        reporter = components.make_reporter(training, 0)
+        guard = LearningRateGuard(training.state.optimizer, 1.0, 1.0)
+        with counts, closing(training.batches(range(2))) as given:
+            for step in range(2):  # as in pretrain
+                counts.clear()
+                set_learning_rate(training.state.optimizer, plan.learning_rate(step))
+                loss, y = training.forward_backward(next(given), step)
+                record = training.agree(loss, y, accuracy=reporter.due(step))
+                with guard.update(plan.learning_rate(step)):
+                    training.state.step(skip=record.failed)
+        reporter.end()
     return counts.totals()
 
 

@@ -9,9 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simclr_ddp.distributed import CrossRankBatchNorm
-from simclr_ddp.model import Encoder, SimCLR, projection_head
-from simclr_ddp.optim import LARS, global_norm, make_optimizer, parameter_groups, set_learning_rate
+from simclr_ddp.distributed.batch_norm import CrossRankBatchNorm
+from simclr_ddp.models.resnet import Encoder
+from simclr_ddp.models.simclr import SimCLR, projection_head
+from simclr_ddp.training.optim import (
+    LARS,
+    global_norm,
+    make_optimizer,
+    optimizer_of,
+    parameter_groups,
+    set_learning_rate,
+)
 
 STEPS, WARMUP, PEAK, MOMENTUM = 200, 20, 2.0, 0.9
 SHAPES = {"weight": (4, 3), "zero weight": (3, 2), "unused at first": (5,), "bias": (4,), "zero bias": (3,)}
@@ -267,3 +275,13 @@ def test_settings_reach_the_optimizers() -> None:
 
 def test_global_norm() -> None:
     assert global_norm([torch.tensor([3.0]), torch.tensor([[0.0, 4.0], [12.0, 0.0]])]).item() == 13.0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_momentum_of_nesterov_needs_momentum(momentum: float) -> None:
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = optimizer_of([{"params": [weight]}], "sgd", momentum, 0.001, nesterov=True)
+    set_learning_rate(optimizer, 0.1)
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert weight.item() == pytest.approx(1 - 0.1 * (1 + momentum))

@@ -6,63 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from simclr_ddp import config, pretrain
-from simclr_ddp.metrics import read_metrics
-from tests.ranks import Ranks
-
-STEPS = 10
-
-
-def train(arguments: list[str]) -> None:
-    assert pretrain.main([*arguments, "--debug"]) == 0
-
-
-def settings(images: Path, run_dir: Path, *more: str) -> list[str]:
-    return [
-        f"data.train={images}",
-        f"run_dir={run_dir}",
-        "device=cpu",
-        "precision=fp64",
-        "threads=1",
-        "data.size=20",  # the least at which blur has a kernel
-        "data.workers=0",
-        "data.augmentation.blur=[0.5,0.5]",
-        "data.augmentation.solarize=[0,0.2]",
-        "model.width=0.0625",
-        "head.out=16",
-        "optim.global_batch_size=16",
-        f"optim.steps={STEPS}",
-        "optim.scaling=none",
-        "optim.base_learning_rate=0.2",
-        "optim.trust_coefficient=0.01",
-        "loss.temperature=0.5",
-        "optim.warmup_epochs=0",
-        "checkpoint.every_steps=1",
-        "checkpoint.keep_last=100",
-        "log.every_steps=1",
-        *more,
-    ]
-
-
-def model_at(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    return torch.load(run_dir / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)["model"]
-
-
-def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
-
-
-def assert_equal_runs(run_dir: Path, alone: Path, steps: tuple[int, ...]) -> None:
-    lines, expected = (read_metrics(d / "metrics.jsonl") for d in (run_dir, alone))
-    assert len(lines) == STEPS
-    for line, wanted in zip(lines, expected, strict=True):
-        assert line.keys() == wanted.keys()
-        for key in ("loss", "contrastive_top1", "learning_rate", "probe_top1"):
-            assert line.get(key, 0) == pytest.approx(wanted.get(key, 0), rel=1e-10), (key, line["step"])
-    for step in steps:
-        for key, value in model_at(alone, step).items():
-            if value.is_floating_point():
-                assert relative_difference(model_at(run_dir, step)[key], value) < 1e-10, (key, step)
+from simclr_ddp.config import schema
+from simclr_ddp.config.options import build, parse_override
+from simclr_ddp.runs.metrics import read_metrics
+from tests.support.parity_run import STEPS, assert_equal_runs, model_at, relative_difference, settings, train
+from tests.support.ranks import Ranks
 
 
 @pytest.mark.parametrize(
@@ -103,7 +51,7 @@ def test_ten_steps_are_those_of_one_rank(
         assert_equal_runs(tmp_path / str(world_size), tmp_path / "1", (1, STEPS))
 
 
-def test_a_run_goes_on_with_another_number_of_ranks_and_another_loader(
+def test_a_run_resumes_on_another_number_of_ranks_and_another_loader(
     images: Path, ranks: Ranks, loader: str, tmp_path: Path
 ) -> None:
     other = {"torch": "auto", "ffcv": "device", "device": "torch"}[loader]
@@ -132,7 +80,7 @@ def test_float32_starts_alike(images: Path, ranks: Ranks, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_float32_goes_on_with_another_number_of_ranks_within_the_spread_of_rounding(
+def test_float32_resumes_on_another_number_of_ranks_within_the_spread_of_rounding(
     images: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
     """Runs that differ only in their threads tell how far rounding alone carries the loss.
@@ -146,10 +94,10 @@ def test_float32_goes_on_with_another_number_of_ranks_within_the_spread_of_round
         train(settings(images, tmp_path / name, *options, *more))
         return torch.tensor([line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")])
 
-    one, *others = [losses(f"threads{count}", f"threads={count}") for count in (1, 2, 3, 4)]
+    one, *others = [losses(f"threads{count}", f"threads={count}") for count in (1, 2, 4)]
     spread = torch.stack(others).sub(one).abs().amax()
     assert spread > 0, "rounding differs"
-    for before, after in ((1, 4), (4, 1), (2, 4)):
+    for before, after in ((1, 4), (4, 2)):
         first, second = tmp_path / f"on{before}", tmp_path / f"from{before}on{after}"
         ranks.run(before, train, settings(images, first, *options))
         (second / "checkpoints").mkdir(parents=True)
@@ -161,5 +109,5 @@ def test_float32_goes_on_with_another_number_of_ranks_within_the_spread_of_round
 
 
 def test_settings_of_this_file_are_known(images: Path, tmp_path: Path) -> None:
-    overrides = dict(config.parse_override(text) for text in settings(images, tmp_path))
-    assert config.build(config.Pretrain, [("here", overrides)]).precision == "fp64"
+    overrides = dict(parse_override(text) for text in settings(images, tmp_path))
+    assert build(schema.Pretrain, [("here", overrides)]).precision == "fp64"

@@ -2,28 +2,34 @@
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from simclr_ddp import distributed
-from simclr_ddp.config import Log
-from simclr_ddp.metrics import MetricsLog, read_metrics
-from simclr_ddp.report import LateReader, Reporter, StepFailed
-from tests.ranks import Ranks
+from simclr_ddp.distributed import collectives
+from simclr_ddp.runs.metrics import MetricsLog, read_metrics
+from simclr_ddp.training.plan import Plan
+from simclr_ddp.training.reporter import LateReader, Reporter, StepFailed
+from simclr_ddp.training.step import Record
+from tests.support.ranks import Ranks
 
 
-def make(run_dir: Path, fp16: bool = False, start: int = 0) -> Reporter:
-    log = MetricsLog(run_dir, start, Log(), {})
-    return Reporter(log, start, 10, 64, torch.device("cpu"), fp16)
+def reporter(log: MetricsLog | None, start: int = 0, warmup_steps: int = 0, **more: Any) -> Reporter:
+    plan = Plan(Path(), 4, 40, warmup_steps, 0.5, "constant", 1)
+    return Reporter(log, plan, start, images_per_step=64, device=torch.device("cpu"), **{"fp16": False, **more})
 
 
-def push(
-    report: Reporter, step: int, loss: float = 1.0, stop: float = 0.0, norm: float = 2.0, due: bool = True
-) -> None:
-    line = {"step": step, "epoch": step / 4, "learning_rate": 0.5}
-    report.push(line, due, torch.tensor([loss, 0.25, stop, norm]))
+def make(run_dir: Path, fp16: bool = False, start: int = 0, **more: Any) -> Reporter:
+    return reporter(MetricsLog(run_dir, start, {}), start=start, fp16=fp16, **more)
+
+
+def push(report: Reporter, step: int, loss: float = 1.0, stop: float = 0.0, norm: float = 2.0) -> None:
+    """Push the record of the step that brings the run to `step` steps."""
+    values = torch.tensor([loss, 0.25, stop, norm])
+    report.push(step - 1, Record(values, ~values.isfinite().all()))
 
 
 def finish(report: Reporter) -> None:
@@ -61,20 +67,27 @@ def test_lines_are_written_one_step_late(tmp_path: Path) -> None:
 
 
 def test_only_due_lines_are_written(tmp_path: Path) -> None:
-    report = make(tmp_path)
-    for step in range(1, 8):
-        push(report, step, due=step % 3 == 0)
+    """Every third step, and the last step of an epoch of four and of the run of forty."""
+    report = make(tmp_path, every_steps=3)
+    for step in range(1, 41):
+        push(report, step)
     finish(report)
-    assert steps(tmp_path) == [3, 6]
+    assert steps(tmp_path) == [step for step in range(1, 41) if step % 3 == 0 or step % 4 == 0]
 
 
 def test_rates_count_all_steps_since_the_line_before(tmp_path: Path) -> None:
-    report = make(tmp_path, start=4)
-    for step in range(5, 9):
-        with report.waiting():
+    report = make(tmp_path, start=4, every_steps=2)
+
+    def slow() -> Iterator[Any]:
+        while True:
             time.sleep(0.02)
+            yield object()
+
+    batches = report.timed(slow(), 4)
+    for step in range(5, 9):
+        next(batches)
         time.sleep(0.02)
-        push(report, step, due=step % 2 == 0)
+        push(report, step)
     finish(report)
     for line in read_metrics(tmp_path / "metrics.jsonl"):
         assert 64 / 0.4 < line["images_per_second"] < 64 / 0.04
@@ -140,25 +153,32 @@ def test_values_can_be_added_before_the_line_is_written(tmp_path: Path) -> None:
     assert [line.get("probe_top1") for line in read_metrics(tmp_path / "metrics.jsonl")] == [0.5, None]
 
 
-def test_epoch_loss_is_the_mean_of_the_steps_read_since(tmp_path: Path) -> None:
-    report = make(tmp_path)
-    for step, loss in enumerate((1.0, 2.0, 6.0, 8.0), start=1):
-        push(report, step, loss=loss)
-    assert report.epoch_loss() == 3.0  # the fourth is not read yet
-    push(report, 5)
-    assert report.epoch_loss() == 8.0 and report.epoch_loss() == 0.0
+def test_the_loss_is_judged_once_after_the_warm_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The mean of the steps read since the warm-up ended, over an epoch or 20 steps; read one step late."""
+    judged: list[float] = []
+
+    def judge(mean_loss: float) -> str:
+        judged.append(mean_loss)
+        return "it does not learn"
+
+    report = make(tmp_path, warmup_steps=4, loss_warning=judge)
+    for step in range(1, 41):
+        push(report, step, loss=100.0 if step < 4 else float(step))
     finish(report)
+    assert judged == [sum(range(4, 24)) / 20]
+    assert capfd.readouterr().err.count("it does not learn") == 1
 
 
 def diverging(losses: list[float], stops: list[float]) -> str:
     """As in the loop: the vector is the mean over ranks, and every rank acts on it alike."""
-    report = Reporter(None, 0, 10, 64, torch.device("cpu"), fp16=False)
-    mine = torch.tensor([losses[distributed.rank()], 0.0, stops[distributed.rank()]])
+    report = reporter(None)
+    mine = torch.tensor([losses[collectives.rank()], 0.0, stops[collectives.rank()]])
     try:
         for step in range(1, 9):
             values = mine if step == 3 else torch.tensor([1.0, 0.0, 0.0])
-            vector = distributed.all_sum(values.clone()) / distributed.world_size()
-            report.push({"step": step, "epoch": 0.0, "learning_rate": 0.1}, True, torch.cat([vector, torch.ones(1)]))
+            vector = collectives.all_reduce_sum(values.clone()) / collectives.world_size()
+            values = torch.cat([vector, torch.ones(1)])
+            report.push(step - 1, Record(values, ~values.isfinite().all()))
             if report.stop:
                 return f"stopped at {step}"
     except StepFailed as failed:

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,100 +12,48 @@ import pytest
 import torch
 
 from simclr_ddp import pretrain
-from simclr_ddp.beton import Beton
-from simclr_ddp.metrics import read_metrics
-from simclr_ddp.run import read_settings
-from tests import processes
-
-STEPS = 24
-
-
-def settings(images: Path, run_dir: Path, *more: str) -> list[str]:
-    return [
-        f"data.train={images}",
-        f"run_dir={run_dir}",
-        "device=cpu",
-        "threads=1",
-        "data.size=16",
-        "data.workers=1",
-        "model.width=0.125",
-        "optim.global_batch_size=16",
-        f"optim.steps={STEPS}",
-        "optim.scaling=none",
-        "optim.base_learning_rate=0.5",
-        "optim.trust_coefficient=0.01",
-        "optim.warmup_epochs=0",
-        "checkpoint.every_steps=5",
-        "log.every_steps=1",
-        *more,
-    ]
-
-
-def final_state(run_dir: Path) -> dict:
-    return torch.load(run_dir / "checkpoints" / f"step-{STEPS:08d}.pt", weights_only=True)
-
-
-def assert_equal_bits(a: object, b: object, where: str = "") -> None:
-    if isinstance(a, torch.Tensor):
-        assert isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert isinstance(b, dict) and a.keys() == b.keys(), where
-        for key in a:
-            assert_equal_bits(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list):
-        assert isinstance(b, list) and len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal_bits(x, y, f"{where}/{i}")
-    else:
-        assert a == b, where
-
-
-def assert_same_run(run_dir: Path, unbroken: Path) -> None:
-    one, other = final_state(run_dir), final_state(unbroken)
-    for part in ("model", "optimizers", "scaler"):
-        assert_equal_bits(one[part], other[part], part)
-    lines, expected = read_metrics(run_dir / "metrics.jsonl"), read_metrics(unbroken / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    for key in ("loss", "contrastive_top1", "learning_rate", "probe_top1"):
-        assert [line.get(key) for line in lines] == [line.get(key) for line in expected]
-    assert not list((run_dir / "checkpoints").glob(".*")), "a temporary file is left"
+from simclr_ddp.config.options import read_yaml
+from simclr_ddp.data.beton import Beton
+from simclr_ddp.runs.directory import read_settings
+from simclr_ddp.runs.metrics import read_metrics
+from simclr_ddp.system import signals
+from tests.support import processes
+from tests.support.ranks import Ranks
+from tests.support.tiny_run import STEPS, assert_same_run, settings, train
 
 
 @pytest.mark.parametrize(
-    ("loader", "ranks", "precision"),
+    ("loader", "count", "precision"),
     [
-        pytest.param("torch", 1, "bf16", marks=pytest.mark.slow),
-        pytest.param("ffcv", 4, "fp32", marks=pytest.mark.slow),
-        pytest.param("torch", 4, "fp32", marks=pytest.mark.slow),
+        ("torch", 1, "bf16"),
         pytest.param("ffcv", 1, "fp16", marks=pytest.mark.slow),
-        pytest.param("device", 4, "fp32", marks=pytest.mark.slow),
+        pytest.param("torch", 4, "fp32", marks=pytest.mark.slow),
+        pytest.param("ffcv", 2, "fp32", marks=pytest.mark.slow),
+        pytest.param("device", 2, "fp32", marks=pytest.mark.slow),
     ],
     indirect=["loader"],
 )
 def test_killed_and_started_again_ends_bitwise_equal(
-    loader: str, ranks: int, precision: str, images: Path, tmp_path: Path
+    loader: str, count: int, precision: str, images: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
     options = [f"precision={precision}", f"data.loader={loader}"]
-    status, output = processes.run(
-        "simclr_ddp.pretrain", *settings(images, tmp_path / "unbroken", *options), ranks=ranks
-    )
-    assert status == 0, output
+    ranks.run(count, train, settings(images, tmp_path / "unbroken", *options))
     arguments = settings(images, tmp_path / "killed", *options)
-    for step, victim in ((8, 0), (13, ranks - 1)):  # in the middle of an epoch, 3 steps after a checkpoint
-        process = processes.start("simclr_ddp.pretrain", *arguments, ranks=ranks)
+    for step, victim in ((8, 0), (13, count - 1)):  # in the middle of an epoch, 3 steps after a checkpoint
+        process = processes.start("simclr_ddp.pretrain", *arguments, ranks=count)
         processes.wait_for_step(tmp_path / "killed", step, process)
-        pids = processes.rank_processes(process) if ranks > 1 else [process.pid]
+        pids = processes.rank_processes(process) if count > 1 else [process.pid]
         os.kill(pids[victim], signal.SIGKILL)
         status, output = processes.finish(process)
-        assert status != 0, output
-    status, output = processes.run("simclr_ddp.pretrain", *arguments, ranks=ranks)
-    assert status == 0 and "going on from" in output, output
+        assert status != 0 and ("resuming from" in output) == (step > 8), output
+    ranks.run(count, train, arguments)
     assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
+    assert read_yaml(tmp_path / "killed" / "config.yaml")["starts"][-1]["step"] > 0, "the end began anew"
 
 
 def test_a_process_that_was_forked_holds_up_no_end() -> None:
-    """As a decoding process that stands still: it has the sockets of the thread that hears signals."""
-    with pretrain.stop_signals():
+    """Imitates a decoding process that hangs: it has the sockets of the thread that receives signals."""
+    with signals.stop_signals():
         child = os.fork()
         if child == 0:
             time.sleep(10)
@@ -137,7 +87,9 @@ def test_a_weight_decay_that_is_forced_counts(images: Path, tmp_path: Path) -> N
     assert not torch.equal(*ends)
 
 
-def test_sigterm_saves_and_pauses_and_the_same_command_goes_on(images: Path, loader: str, tmp_path: Path) -> None:
+def test_sigterm_saves_and_pauses_and_the_same_command_resumes(
+    images: Path, loader: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     arguments = settings(images, tmp_path / "run", "checkpoint.every_steps=0", f"data.loader={loader}")
     process = processes.start("simclr_ddp.pretrain", *arguments)
     processes.wait_for_step(tmp_path / "run", 3, process)
@@ -149,12 +101,32 @@ def test_sigterm_saves_and_pauses_and_the_same_command_goes_on(images: Path, loa
     process.wait(180)
     assert not processes.group(process), "a decoding process is left"
     status, output = processes.finish(process)
-    assert status == pretrain.PAUSED and "paused at step" in output, output
-    status, output = processes.run("simclr_ddp.pretrain", *arguments)
-    assert status == 0 and "going on from" in output, output
-    status, output = processes.run("simclr_ddp.pretrain", *arguments)
-    assert status == 0 and "is finished" in output, output
+    assert status == signals.PAUSED and "paused at step" in output, output
+    assert pretrain.main(arguments) == 0 and "resuming from" in capfd.readouterr().out
+    assert pretrain.main(arguments) == 0 and "is finished" in capfd.readouterr().out
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_closes_is_saved(images: Path, tmp_path: Path) -> None:
+    """The system sends SIGHUP, and everything that is then written to the terminal fails."""
+    arguments = settings(images, tmp_path / "run", "optim.steps=4000", "checkpoint.every_steps=0")
+    code = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", code, *processes.command("simclr_ddp.pretrain", *arguments)]
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        command, cwd=processes.ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    try:
+        shown = b""
+        while b"loss" not in shown:  # the progress of a step
+            shown += os.read(ours, 1 << 12)
+        os.close(ours)
+        assert process.wait(120) == signals.PAUSED
+    finally:
+        processes.kill_group(process)
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))) == 1
 
 
 def test_a_signal_to_one_rank_pauses_all_at_the_same_step(images: Path, tmp_path: Path) -> None:
@@ -164,7 +136,7 @@ def test_a_signal_to_one_rank_pauses_all_at_the_same_step(images: Path, tmp_path
     os.kill(processes.rank_processes(process)[1], signal.SIGUSR1)
     status, output = processes.finish(process)
     assert status != 0 and output.count("paused at step") == 1, output
-    assert f"exitcode: {pretrain.PAUSED}" in output.replace(" ", "").replace("exitcode:", "exitcode: ")
+    assert f"exitcode: {signals.PAUSED}" in output.replace(" ", "").replace("exitcode:", "exitcode: ")
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))) == 1
 
 
@@ -182,7 +154,7 @@ def test_ctrl_c_pauses_although_it_arrives_twice(images: Path, tmp_path: Path) -
     assert f"step-{lines[-1]['step']:08d}.pt" == saved.name
 
 
-def test_sigterm_to_the_whole_group_spares_the_decoding_processes(images: Path, tmp_path: Path) -> None:
+def test_sigterm_to_the_complete_group_spares_the_decoding_processes(images: Path, tmp_path: Path) -> None:
     arguments = settings(
         images, tmp_path / "run", "optim.steps=400", "checkpoint.every_steps=0", "data.workers=1", "data.loader=torch"
     )
@@ -190,12 +162,12 @@ def test_sigterm_to_the_whole_group_spares_the_decoding_processes(images: Path, 
     processes.wait_for_step(tmp_path / "run", 3, process)
     os.killpg(process.pid, signal.SIGTERM)
     status, output = processes.finish(process)
-    assert status == pretrain.PAUSED and "paused at step" in output, output
+    assert status == signals.PAUSED and "paused at step" in output, output
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))) == 1
 
 
 @pytest.mark.slow
-def test_what_only_another_rank_finds_wrong_is_told(images: Path, tmp_path: Path) -> None:
+def test_an_error_that_only_another_rank_finds_is_reported(images: Path, tmp_path: Path) -> None:
     content = bytearray(images.read_bytes())
     start = 0
     for _ in range(Beton(images).count // 2):  # half of the images: the other rank's own batches hold some, too
@@ -225,12 +197,14 @@ def test_settings_that_end_before_the_checkpoint(
 ) -> None:
     assert pretrain.main(settings(images, tmp_path / "run", "optim.steps=4")) == 0
     assert pretrain.main(settings(images, tmp_path / "run", "optim.steps=2", "resume.force=[optim.steps]")) == 2
-    assert "is at step 4, beyond the 2 steps" in capsys.readouterr().err
+    assert "it is at step 4, beyond the 2 steps" in capsys.readouterr().err
     assert pretrain.main(settings(images, tmp_path / "run", "optim.steps=4", "resume.force=[optim.stops]")) == 2
-    assert "names no option" in capsys.readouterr().err
+    assert "resume.force=[optim.stops]: optim.stops is no option" in capsys.readouterr().err
 
 
-def test_no_whole_checkpoint_is_no_new_start(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_with_only_damaged_checkpoints_does_not_start_anew(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert pretrain.main(settings(images, tmp_path / "run", "optim.steps=4")) == 0
     (path,) = (tmp_path / "run" / "checkpoints").glob("step-*.pt")
     path.write_bytes(path.read_bytes()[:1000])

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from simclr_ddp.guard import STEPS, LearningRateGuard, loss_warning
-from simclr_ddp.info_nce import KernelInfoNCE
-from simclr_ddp.optim import make_optimizer, set_learning_rate
+from simclr_ddp.losses.kernel_info_nce import KernelInfoNCE
+from simclr_ddp.training.optim import make_optimizer, set_learning_rate
+from simclr_ddp.training.sanity import STEPS, LearningRateGuard, loss_warning
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_usual_recipes_are_not(base: float, warmup: int) -> None:
 
 def test_too_large_is() -> None:
     (warning,) = warnings("lars", 1000.0)
-    assert "too large for LARS" in warning and "at most 0.3 is wanted" in warning
+    assert "too large for LARS" in warning and "at most 0.3 is expected" in warning
     suggestion = float(re.search(r"try optim.base_learning_rate=([\d.e+-]+)$", warning)[1])
     assert suggestion < 10 and warnings("lars", suggestion) == []
 
@@ -72,7 +72,7 @@ def test_other_optimizers_are_left_alone() -> None:
     assert warnings("sgd", 1e-6) == [] == warnings("adamw", 1e-9)
 
 
-def test_it_judges_after_so_many_updates_and_not_at_rate_zero() -> None:
+def test_it_judges_after_n_updates_and_not_at_rate_zero() -> None:
     assert warnings("lars", 1e-3, n=STEPS - 1) == []
     assert warnings("lars", 1e-3, n=STEPS) != []
     assert warnings("lars", 1e-3, warmup=5, n=STEPS) == []  # the first update had rate 0
@@ -85,9 +85,10 @@ def test_loss_warning(kernel: str) -> None:
     untrained, attainable = objective.untrained_loss(256), objective.attainable_loss(256)
     assert untrained == pytest.approx(math.log(511))
     warning = loss_warning(untrained - 0.01, objective, 256, "lars")
-    assert warning.startswith(f"the loss is {untrained - 0.01:.3f} an epoch after the warm-up, log(2N-1) = 6.236")
+    assert warning.startswith(f"the loss is {untrained - 0.01:.3f} an epoch after the warm-up")
+    assert "log(2N-1) = 6.236" in warning
     assert "learning rate too small for LARS? optim.base_learning_rate=0.3 to 1.5" in warning
-    assert "for LARS;" not in loss_warning(untrained, objective, 256, "sgd")
+    assert "LARS" not in loss_warning(untrained, objective, 256, "sgd")
     edge = untrained - 0.1 * (untrained - attainable)
     assert loss_warning(edge + 1e-6, objective, 256, "lars") and not loss_warning(edge - 1e-6, objective, 256, "lars")
     assert loss_warning(untrained + 1, objective, 256, "lars")

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from simclr_ddp import config
-from simclr_ddp.data import Dataset
-from simclr_ddp.run import Plan, make_plan
-from simclr_ddp.schedule import learning_rate, peak_learning_rate
+from simclr_ddp.config import options, schema
+from simclr_ddp.data.dataset import Dataset
+from simclr_ddp.training.plan import Plan, make_plan
+from simclr_ddp.training.schedule import learning_rate, peak_learning_rate
 
 
 def plan(count: int, *overrides: str) -> Plan:
-    settings = config.build(config.Pretrain, [("here", dict(config.parse_override(text) for text in overrides))])
+    settings = options.build(schema.Pretrain, [("here", dict(options.parse_override(text) for text in overrides))])
     return make_plan(settings, Dataset("here", count, None, None, ""))
 
 

@@ -13,17 +13,27 @@ from torch.futures import Future
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simclr_ddp import pretrain
-from simclr_ddp.config import Pretrain, build
-from simclr_ddp.data import Batch, open_dataset
-from simclr_ddp.distributed import CrossRankBatchNorm, data_parallel
-from simclr_ddp.info_nce import KernelInfoNCE
-from simclr_ddp.run import make_plan
-from simclr_ddp.runtime import Runtime
-from simclr_ddp.state import State
-from simclr_ddp.step import forward_backward
-from tests.ranks import Ranks
-from tests.test_cli import only_error
-from tests.test_parity import assert_equal_runs, model_at, relative_difference, settings, train
+from simclr_ddp.config.options import build
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.data.batches import Batch
+from simclr_ddp.data.dataset import open_dataset
+from simclr_ddp.distributed.batch_norm import CrossRankBatchNorm
+from simclr_ddp.distributed.ddp import data_parallel
+from simclr_ddp.distributed.runtime import Runtime
+from simclr_ddp.losses.kernel_info_nce import KernelInfoNCE
+from simclr_ddp.training import components
+from simclr_ddp.training.plan import make_plan
+from simclr_ddp.training.state import State
+from simclr_ddp.training.step import forward_backward
+from tests.support.output import only_error
+from tests.support.parity_run import (
+    assert_equal_runs,
+    model_at,
+    relative_difference,
+    settings,
+    train,
+)
+from tests.support.ranks import Ranks
 
 
 class Count(nn.Module):
@@ -63,12 +73,12 @@ def step(
     if not normalized:
         without_batch_norm(state.model)
     model = wrap(state.model)
-    batches = pretrain.make_batches(made, dataset, runtime.device, range(1))
+    batches = components.make_batches(made, dataset, runtime.device, range(1))
     batch = next(batches)
     batches.close()
     parts = make_plan(made, dataset).micro_batches
-    augment = pretrain.make_augmentation(made, dataset, runtime)
-    loss, y = forward_backward(model, state, runtime, pretrain.make_objective(made), augment, batch, 0, parts)
+    augment = components.make_augmentation(made, dataset, runtime)
+    loss, y = forward_backward(model, state, runtime, components.make_objective(made), augment, batch, 0, parts)
     return loss, y, {n: p.grad for n, p in state.model.named_parameters() if p.grad is not None}, model, state
 
 
@@ -167,8 +177,8 @@ def weights(run_dir: Path) -> list[tuple[str, Tensor]]:
 
 
 @pytest.mark.parametrize("micro", [3, 32])
-def test_what_does_not_divide_is_told(
+def test_batches_that_do_not_divide_are_reported(
     micro: int, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert pretrain.main(settings(images, tmp_path / "run", f"optim.micro_batch_size={micro}")) == 2
-    assert f"optim.micro_batch_size={micro} is wanted to divide optim.global_batch_size=16" in only_error(capfd)
+    assert f"optim.micro_batch_size={micro}: it must divide optim.global_batch_size=16" in only_error(capfd)

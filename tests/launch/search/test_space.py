@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.plan import Sweep, make_plan
-from launch.space import cell, cells, parse_grid, parse_space, sample
-from simclr_ddp import config
-from simclr_ddp.config import Pretrain
-from simclr_ddp.pretrain import make_objective
-from tests import processes
+from launch.search.plan import Sweep, make_plan
+from launch.search.space import cell, cells, parse_grid, parse_space, sample
+from simclr_ddp.config import options
+from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.training.components import make_objective
+from tests.support import processes
 
 FIXED = {"loss.kernel": "cosine", "seed": 0}
 NUMBERS = st.floats(1e-6, 1e6, allow_nan=False)
@@ -91,7 +91,7 @@ def test_the_same_on_every_machine() -> None:
 def test_numbers_stay_between_their_ends(kind: str, a: float, b: float, number: int) -> None:
     entry = {f"loss.radius.{kind}": [a, b]}
     if a >= b:
-        with pytest.raises(ValueError, match=r"space\.loss\.radius\..*\[low, high\] is wanted"):
+        with pytest.raises(ValueError, match=r"space\.loss\.radius\..*write \[low, high\]"):
             parse_space(entry)
         return
     assert a <= sample(parse_space(entry), FIXED, 0, number)["loss.radius"] <= b
@@ -124,26 +124,26 @@ def test_nonsense_is_refused_in_one_sentence(nonsense: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("entry", "value", "told"),
     [
-        ("loss.temprature.log", [0.1, 1], "unknown option loss.temprature in space: did you mean loss.temperature?"),
-        ("loss.temperature", 0.1, "space.loss.temperature=0.1: {log: [low, high]}"),
-        ("loss.temperature.log", [0, 1], "loss.temperature=0.0 is too small"),
-        ("optim.weight_decay.log", [0, 1], "space.optim.weight_decay.log=[0, 1]: low above 0 is wanted"),
-        ("loss.temperature.log", [1, 0.1], "[low, high] is wanted"),
-        ("loss.temperature.log", ["hot", 1], "loss.temperature=hot in space: a number is wanted"),
-        ("loss.temperature.choice", 0.1, "space.loss.temperature.choice=0.1: a list is wanted"),
-        ("loss.temperature.choice", [], "loss.temperature=[] in space: a number is wanted"),
-        ("loss.kernel.uniform", ["cosine", "gaussian"], "loss.kernel is no number, choice is wanted"),
-        ("loss.kernel.choice", ["cosin"], "loss.kernel=cosin is not known: did you mean cosine?"),
-        ("optim.epochs.uniform", [1.5, 3], "optim.epochs=1.5 in space: a whole number is wanted"),
-        ("run_dir.choice", ["a"], "run_dir of each trial is chosen by the sweep"),
-        ("loss.gamma.when.loss.kernel", "cosine", "space.loss.gamma has a condition, but no values"),
+        ("loss.temprature.log", [0.1, 1], "unknown option loss.temprature in space; did you mean loss.temperature?"),
+        ("loss.temperature", 0.1, "space.loss.temperature=0.1: no distribution; write {log: [low, high]}"),
+        ("loss.temperature.log", [0, 1], "loss.temperature=0.0: too small"),
+        ("optim.weight_decay.log", [0, 1], "space.optim.weight_decay.log=[0, 1]: the ends must be finite and above 0"),
+        ("loss.temperature.log", [1, 0.1], "expected two numbers in ascending order; write [low, high]"),
+        ("loss.temperature.log", ["hot", 1], "loss.temperature=hot in space: must be a number"),
+        ("loss.temperature.choice", 0.1, "space.loss.temperature.choice=0.1: not a list; write [VALUE, ...]"),
+        ("loss.temperature.choice", [], "loss.temperature=[] in space: must be a number"),
+        ("loss.kernel.uniform", ["cosine", "gaussian"], "loss.kernel is not a number; use choice"),
+        ("loss.kernel.choice", ["cosin"], "loss.kernel=cosin: unknown value; did you mean cosine?"),
+        ("optim.epochs.uniform", [1.5, 3], "optim.epochs=1.5 in space: must be an integer"),
+        ("run_dir.choice", ["a"], "run_dir: the sweep chooses it for each trial"),
+        ("loss.gamma.when.loss.kernel", "cosine", "space.loss.gamma: it has a condition but no values"),
         ("loss.gamma.when.loss.kernl", "cosine", "unknown option loss.kernl in space.loss.gamma.when"),
-        ("loss.temperature.uniform", [0.1, 1], "space.loss.temperature is to be log and uniform"),
-        ("loss.norm_p.uniform", [1, math.inf], "finite numbers is wanted"),
+        ("loss.temperature.uniform", [0.1, 1], "space.loss.temperature: it has both log and uniform"),
+        ("loss.norm_p.uniform", [1, math.inf], "space.loss.norm_p.uniform=[1, inf]: the ends must be finite"),
     ],
 )
 def test_mistakes_in_a_space(entry: str, value: Any, told: str) -> None:
-    first = {"loss.temperature.log": [0.1, 1]} if told.endswith("log and uniform") else {}
+    first = {"loss.temperature.log": [0.1, 1]} if "both log and uniform" in told else {}
     with pytest.raises(ValueError) as error:
         parse_space({**first, entry: value})
     assert told in str(error.value)
@@ -156,19 +156,19 @@ def test_conditions_that_wait_for_each_other() -> None:
         "loss.radius.choice": [1],
         "loss.radius.when.loss.gamma": 0.5,
     }
-    with pytest.raises(ValueError, match=r"loss\.gamma, loss\.radius wait for each other"):
+    with pytest.raises(ValueError, match=r"loss\.gamma, loss\.radius depend on each other"):
         parse_space(circle)
 
 
 def test_the_ends_of_the_shipped_search_can_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(processes.ROOT)
     path = processes.ROOT / "configs" / "sweep" / "kernel_infonce.yaml"
-    plan = make_plan(config.build(Sweep, [(str(path), config.read_yaml(path))]))
+    plan = make_plan(options.build(Sweep, [(str(path), options.read_yaml(path))]))
     (weight,) = [d for d in plan.space if d.key == "loss.mix_weight"]
     for value in weight.values:
         for kernel in weight.when["loss.kernel"]:
             own = {"loss.kernel": kernel, "loss.mix_weight": value}
-            make_objective(config.build(Pretrain, [*plan.layers, ("the test", own)]))
+            make_objective(options.build(Pretrain, [*plan.layers, ("the test", own)]))
 
 
 # --- the grid -------------------------------------------------------------------------------------------------------
@@ -202,14 +202,14 @@ def test_values_with_names() -> None:
 @pytest.mark.parametrize(
     ("grid", "told"),
     [
-        ({"loss.kernl": ["cosine"]}, "unknown option loss.kernl in grid: did you mean loss.kernel?"),
-        ({"loss.kernel": "cosine"}, "grid.loss.kernel=cosine: a list of values is wanted"),
-        ({"loss.kernel": ["cosine", "cosin"]}, "loss.kernel=cosin is not known"),
-        ({"optim.epochs": [1, 1]}, "grid.optim.epochs=[1, 1] has a value twice"),
+        ({"loss.kernl": ["cosine"]}, "unknown option loss.kernl in grid; did you mean loss.kernel?"),
+        ({"loss.kernel": "cosine"}, "grid.loss.kernel=cosine: not a list of values; write [VALUE, ...]"),
+        ({"loss.kernel": ["cosine", "cosin"]}, "loss.kernel=cosin: unknown value"),
+        ({"optim.epochs": [1, 1]}, "grid.optim.epochs=[1, 1]: a value occurs twice"),
         ({"kernel.a.loss.kernel": "cosine", "loss.kernel": ["cosine"]}, "loss.kernel is set by two axes"),
-        ({"kernel.a.loss.temperature": "hot"}, "loss.temperature=hot in grid.kernel.a: a number is wanted"),
-        ({"kernel.a.run_dir": "here"}, "run_dir of each trial is chosen by the sweep"),
-        ({"name": ["a"]}, "name of each trial is chosen by the sweep"),
+        ({"kernel.a.loss.temperature": "hot"}, "loss.temperature=hot in grid.kernel.a: must be a number"),
+        ({"kernel.a.run_dir": "here"}, "run_dir: the sweep chooses it for each trial"),
+        ({"name": ["a"]}, "name: the sweep chooses it for each trial"),
     ],
 )
 def test_mistakes_in_a_grid(grid: dict[str, Any], told: str) -> None:
