@@ -9,10 +9,11 @@ the meaning of a strength.)
 
 Each image has one representation, of its evaluation view or the mean over views=M augmented views, by default in
 float32; the linear model is certified in float64. Under torchrun all ranks share the forward passes, with the same
-result, and rank 0 solves. Representations are kept in the run directory, where other evaluations read them again. The
-results are written to evaluations/<checkpoint>-<data>-<protocol>.json in the run directory (output=... chooses another
-folder), or next to the given file: each checkpoint, data set and protocol has its own file, which names all three. An
-.npz file beside it keeps the prediction for each test image, by which `evaluate` compares two runs.
+result, and the sums over training images of logistic regression, within its tolerance. Representations are kept in the
+run directory, where other evaluations read them again. The results are written to
+evaluations/<checkpoint>-<data>-<protocol>.json in the run directory (output=... chooses another folder), or next to the
+given file: each checkpoint, data set and protocol has its own file, which names all three. An .npz file beside it keeps
+the prediction for each test image, by which `evaluate` compares two runs.
 """
 
 import sys
@@ -42,6 +43,7 @@ def linear_eval(settings: LinearEval) -> int:
     from simclr_ddp.distributed import collectives
     from simclr_ddp.distributed.watchdog import watching
     from simclr_ddp.evaluation.linear import Protocol, evaluate, held_out, predict_the_mean
+    from simclr_ddp.evaluation.shared_cross_entropy import helping
     from simclr_ddp.evaluation.subject import describe_subject, encoders, open_subject, say_loader, write_results
     from simclr_ddp.evaluation.table import headline, objective, table
     from simclr_ddp.runs.provenance import describe
@@ -82,10 +84,10 @@ def linear_eval(settings: LinearEval) -> int:
         with watching(settings.timeout, "start the command again"):
             measured = encoders(subject, runtime, random=settings.random_encoder, seed=settings.seed, **loading)
             for name, x_train, x_test, seconds in measured:
-                with collectives.while_main_works():
+                with helping(runtime.device) as helpers:
                     if collectives.is_main():
                         metrics, arrays[name] = evaluate(
-                            x_train, x_test, train, test, held, protocol, runtime.device, name
+                            x_train, x_test, train, test, held, protocol, runtime.device, name, helpers
                         )
                         results[name] = metrics | {"forward_seconds": seconds}
                         console.say(headline(name, metrics))

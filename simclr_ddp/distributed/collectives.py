@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -63,17 +63,23 @@ def barrier() -> None:
 
 
 @contextmanager
-def while_main_works() -> Iterator[None]:
+def while_main_works() -> Iterator[Callable[[], None]]:
     """Let all ranks wait until rank 0 leaves the block, which may take days, unlike other collectives.
 
-    The group uses gloo, which waits without using a processor and, unlike NCCL, without a watchdog.
+    The block receives a barrier that waits as long. It uses a group of gloo, which waits without using a processor and,
+    unlike NCCL, without a watchdog.
     """
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world_size() > 1 else None
+
+    def wait() -> None:
+        if isinstance(patient, dist.ProcessGroup):
+            dist.barrier(patient)
+
     place["patient"] = True
-    yield
+    yield wait
     place["patient"] = False
+    wait()
     if isinstance(patient, dist.ProcessGroup):
-        dist.barrier(patient)
         dist.destroy_process_group(patient)
 
 

@@ -12,6 +12,7 @@ from simclr_ddp.data.dataset import Dataset
 from simclr_ddp.data.draws import holdout
 from simclr_ddp.evaluation import logistic, scores
 from simclr_ddp.evaluation.labels import labels_of, number_names
+from simclr_ddp.evaluation.shared_cross_entropy import Helpers, Shared
 from simclr_ddp.system import console
 
 
@@ -61,15 +62,18 @@ def evaluate(
     protocol: Protocol,
     device: torch.device,
     name: str,
+    helpers: Helpers | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Compute all metrics of one encoder, and the results per test image, from representations [n, D].
+
+    helpers  other ranks that sum over the training images with this one
 
     The representations are overwritten.
     """
     if not (logistic.finite(x_train) and logistic.finite(x_test)):
         raise ValueError(f"representations of the {name} encoder are not finite; use an earlier checkpoint")
     begin = time.perf_counter()
-    fitted = fit(x_train.to(device), train, held, protocol, name)
+    fitted = fit(x_train.to(device), train, held, protocol, name, helpers)
     result, arrays = score(fitted, x_test.to(device), test)
     warn_about_fit(fitted, protocol, name)
     metric = "top1" if train.has_classes else "mse"
@@ -87,7 +91,9 @@ def evaluate(
     return result, arrays
 
 
-def fit(x: Tensor, train: Dataset, held: np.ndarray, protocol: Protocol, name: str) -> Fitted:
+def fit(
+    x: Tensor, train: Dataset, held: np.ndarray, protocol: Protocol, name: str, helpers: Helpers | None = None
+) -> Fitted:
     """Standardise the training representations [n, D] in place, choose the strength, and fit to all of them.
 
     Test images are not used. Means and variances are those of all training images, also while some are held out: a
@@ -96,6 +102,8 @@ def fit(x: Tensor, train: Dataset, held: np.ndarray, protocol: Protocol, name: s
     mean, factor = logistic.standardization(x)
     logistic.standardize_(x, mean, factor)
     strengths = protocol.strengths or logistic.strengths_of(protocol.convention)
+    labels = labels_of(train, x.device)
+    shared = Shared(helpers, x, labels, train.class_count) if helpers and train.has_classes else None
     with console.Progress(len(strengths), unit="strengths", title=f"{name} encoder") as progress:
 
         def report(candidate: logistic.Candidate) -> None:
@@ -105,7 +113,7 @@ def fit(x: Tensor, train: Dataset, held: np.ndarray, protocol: Protocol, name: s
 
         strength, solution, candidates = logistic.choose(
             x,
-            labels_of(train, x.device),
+            labels,
             torch.from_numpy(held).to(x.device),
             strengths,
             protocol.convention,
@@ -113,6 +121,7 @@ def fit(x: Tensor, train: Dataset, held: np.ndarray, protocol: Protocol, name: s
             tolerance=protocol.tolerance,
             max_iterations=protocol.max_iterations,
             report=report,
+            select=shared.select if shared else None,
         )
     return Fitted(strength, solution, mean, factor, candidates)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from simclr_ddp.evaluation import scores
 from simclr_ddp.evaluation.chunks import chunk_rows, chunks, sum_over
+from simclr_ddp.evaluation.cross_entropy import CrossEntropy
 from simclr_ddp.evaluation.logistic_path import Solution, logistic_path
 
 # Conventions differ in the literature. C: scikit-learn, and re-implementations of Chen et al. 2020 (B.8), who publish
@@ -82,6 +83,7 @@ def choose(
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
     report: Callable[[Candidate], None] = lambda candidate: None,
+    select: Callable[[Tensor], CrossEntropy] | None = None,
 ) -> tuple[float, Solution, list[Candidate]]:
     """Choose the strength that is best on the held-out samples, and fit a model with it to all samples.
 
@@ -89,12 +91,18 @@ def choose(
     labels   [n] int64, or [n, K] float64 numbers with classes = 0
     held     [n] bool, the samples for scoring; ignored if there is only one strength
     report   called with every candidate
+    select   cross-entropy over the samples [m] of x, if it is not computed by this process alone
 
     Candidates are reported as they are fitted, and returned from the strongest penalty to the weakest; among equal
     scores the strongest penalty wins. Returns strength, model and candidates ([] without a choice).
     """
     everything = torch.arange(len(x), device=x.device)
-    settings: dict[str, Any] = {"classes": classes, "tolerance": tolerance, "max_iterations": max_iterations}
+    settings: dict[str, Any] = {
+        "classes": classes,
+        "tolerance": tolerance,
+        "max_iterations": max_iterations,
+        "select": select,
+    }
     start: Solution | None = None
     chosen = strengths[0]
     found: list[tuple[Candidate, Solution]] = []
@@ -126,6 +134,7 @@ def solutions(
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
     start: Solution | None = None,
+    select: Callable[[Tensor], CrossEntropy] | None = None,
 ) -> list[Solution]:
     """Linear models of x[rows] and labels[rows] for each l2; x and labels are those of `choose`.
 
@@ -137,17 +146,25 @@ def solutions(
         "tolerance": tolerance,
         "max_iterations": max_iterations,
         "start": start,
+        "select": select,
     }
     found = dict(_solved(x, labels, rows, l2, **settings))
     return [found[i] for i in range(len(l2))]
 
 
 def _solved(
-    x: Tensor, labels: Tensor, rows: Tensor, l2: Sequence[float], *, classes: int, **settings: Any
+    x: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    l2: Sequence[float],
+    *,
+    classes: int,
+    select: Callable[[Tensor], CrossEntropy] | None = None,
+    **settings: Any,
 ) -> Iterator[tuple[int, Solution]]:
     """Yield (position in l2, linear model) in the order in which they are solved."""
     if classes:
-        return logistic_path(x, labels, rows, l2, classes=classes, **settings)
+        return logistic_path(select(rows) if select else CrossEntropy(x, labels, rows, classes), l2, **settings)
     return enumerate(_ridge_regressions(x, labels, rows, l2))
 
 

@@ -15,14 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from simclr_ddp.evaluation.chunks import chunks
+from simclr_ddp.evaluation.cross_entropy import CrossEntropy
 from simclr_ddp.evaluation.lbfgs import HISTORY, Minimization, Minimum, minimize
 
 _COLUMNS = 640  # strengths times classes per pass: wider products are not faster
 _FAST = 1e-6  # smallest tolerance for float32 products: their gradients are rounded to about a tenth of it
 _MARGIN = 0.8  # they continue to this fraction of the tolerance
 _NEAREST = 6  # most solutions that a polynomial goes through
-_SAMPLE = 4  # rows per feature from which the curvature is estimated
 _NEAR = math.log(20)  # the curvature of a solution serves strengths up to this factor away
 
 
@@ -39,27 +38,21 @@ class Solution(NamedTuple):
 
 
 def logistic_path(
-    x: Tensor,
-    labels: Tensor,
-    rows: Tensor,
+    data: CrossEntropy,
     l2: Sequence[float],
     *,
-    classes: int,
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
     start: Solution | None = None,
 ) -> Iterator[tuple[int, Solution]]:
-    """Minimise mean cross-entropy + l2 * |W|^2 over the samples `rows` for each l2; yield (position in l2, solution).
+    """Minimise mean cross-entropy + l2 * |W|^2 for each l2; yield (position in l2, solution).
 
-    x        [n, D] float32 or float64
-    labels   [n] int64 below `classes`; a class without samples is allowed
-    rows     [m] int64
     start    initial weights of the first strengths, zeros by default
 
     Strengths are yielded as they are solved, which is not their order.
     """
-    data = _CrossEntropy(x, labels, rows, classes)
-    zero = torch.zeros(classes, x.shape[1] + 1, dtype=torch.float64, device=x.device)
+    classes = data.classes
+    zero = torch.zeros(classes, data.features + 1, dtype=torch.float64, device=data.device)
     at_zero = data.at(zero[None], [0.0], torch.float64)[1].norm().item()
     first = zero if start is None else torch.cat([start.weight, start.bias[None]]).T.contiguous()
     path = _Path(data, l2, first)
@@ -89,7 +82,7 @@ def state_bytes(features: int, classes: int, strengths: int) -> int:
     return 8 * (models * classes + (together + strengths) * (features + 1)) * (features + 1)
 
 
-def _together(data: "_CrossEntropy", tasks: list[Minimization], l2: list[float]) -> list[Minimum]:
+def _together(data: CrossEntropy, tasks: list[Minimization], l2: list[float]) -> list[Minimum]:
     """Run minimisations at once: a pass evaluates all that ask for the same precision, the fast ones first."""
     requests = {i: next(task) for i, task in enumerate(tasks)}
     minima: dict[int, Minimum] = {}
@@ -116,7 +109,7 @@ def _split(indices: Sequence[int], size: int) -> Iterator[list[int]]:
 class _Path:
     """Order, initial weights and preconditioners of the strengths, from the solutions that are known."""
 
-    def __init__(self, data: "_CrossEntropy", l2: Sequence[float], first: Tensor) -> None:
+    def __init__(self, data: CrossEntropy, l2: Sequence[float], first: Tensor) -> None:
         self.data, self.first = data, first
         self.l2 = sorted(set(l2), reverse=True)
         weakest = max((-math.log(v) for v in self.l2 if v), default=0.0)
@@ -185,54 +178,3 @@ class _Path:
             near = self.position[j], self.data.averaged_hessian(self.known[j])
             self.curvatures.append(near)
         return near[1]
-
-
-class _CrossEntropy:
-    """Mean cross-entropy over the selected samples of models w [..., K, D + 1] (bias last), and its derivatives.
-
-    Classes come before samples: for few classes, products and softmax are then twice as fast on a CPU.
-    """
-
-    def __init__(self, x: Tensor, labels: Tensor, rows: Tensor, classes: int) -> None:
-        self.x, self.labels, self.rows, self.classes = x, labels, rows, classes
-
-    def at(self, w: Tensor, l2: Sequence[float], dtype: torch.dtype) -> tuple[list[float], Tensor]:
-        """Mean cross-entropy + l2 * |W|^2 of the models w [A, K, D + 1] float64, and its gradients, like w.
-
-        dtype  of products and softmax; chunks are summed in float64
-        """
-        models, k, d = len(w), self.classes, self.x.shape[1]
-        matrix = w.flatten(0, 1).to(dtype)
-        weight, bias = matrix[:, :-1].contiguous(), matrix[:, -1:]
-        loss, gradient = w.new_zeros(models), w.new_zeros(models * k, d + 1)
-        for part, z in chunks(self.x, self.rows, models * k, dtype):
-            target = self.labels[part].expand(models, 1, -1)
-            log_p = torch.addmm(bias, weight, z.T).view(models, k, -1).log_softmax(1)
-            loss -= log_p.gather(1, target).sum((1, 2), dtype=torch.float64)
-            residual = log_p.exp_()
-            residual.scatter_(1, target, residual.gather(1, target) - 1)
-            residual = residual.flatten(0, 1)
-            gradient[:, :-1] += residual @ z
-            gradient[:, -1] += residual.sum(1)
-        n, gradient = len(self.rows), gradient.view_as(w)
-        penalty = torch.tensor(l2, dtype=torch.float64, device=w.device)
-        gradient -= gradient.mean(1, keepdim=True)  # exactly 0, but for rounding, which would shift all classes
-        gradient /= n
-        gradient[..., :-1] += 2 * penalty[:, None, None] * w[..., :-1]
-        return (loss / n + penalty * w[..., :-1].square().sum((1, 2))).tolist(), gradient
-
-    def averaged_hessian(self, w: Tensor) -> Tensor:
-        """Hessian [D + 1, D + 1] float64 at w [K, D + 1], averaged over the classes and over evenly spaced samples."""
-        d = w.shape[1] - 1
-        hessian = w.new_zeros(d + 1, d + 1)
-        rows = self.rows[:: max(1, len(self.rows) // max(1000, _SAMPLE * d))]
-        matrix = w.float()
-        for _, z in chunks(self.x, rows, max(d, self.classes), torch.float32):
-            p = torch.addmm(matrix[:, -1:], matrix[:, :-1], z.T).softmax(0)
-            weights = (1 - p.square_().sum(0)) / (self.classes - 1)
-            scaled = z * weights[:, None]
-            hessian[:d, :d] += z.T @ scaled
-            hessian[d, :d] += scaled.sum(0)
-            hessian[d, d] += weights.sum()
-        hessian[:d, d] = hessian[d, :d]
-        return hessian / len(rows)
