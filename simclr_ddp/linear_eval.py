@@ -43,8 +43,16 @@ def linear_eval(settings: LinearEval) -> int:
     from simclr_ddp.distributed import collectives
     from simclr_ddp.distributed.watchdog import watching
     from simclr_ddp.evaluation.linear import Protocol, evaluate, held_out, predict_the_mean
+    from simclr_ddp.evaluation.logistic_path import memory_fault
     from simclr_ddp.evaluation.shared_cross_entropy import helping
-    from simclr_ddp.evaluation.subject import describe_subject, encoders, open_subject, say_loader, write_results
+    from simclr_ddp.evaluation.subject import (
+        describe_subject,
+        encoders,
+        on_main,
+        open_subject,
+        say_loader,
+        write_results,
+    )
     from simclr_ddp.evaluation.table import headline, objective, table
     from simclr_ddp.runs.provenance import describe
     from simclr_ddp.training import lifecycle, preflight
@@ -76,6 +84,9 @@ def linear_eval(settings: LinearEval) -> int:
             max_iterations=settings.max_iterations,
         )
         held = held_out(protocol, train)
+        if train.has_classes:
+            width, count = subject.loaded.encoder.width_out, len(protocol.path)
+            on_main(lambda: memory_fault(width, train.class_count, count, runtime.device))
         say_loader(train, views=settings.views, size=size, **loading)
         preflight.evaluation((train, test), size=size, **loading)
 

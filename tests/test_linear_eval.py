@@ -20,7 +20,7 @@ from simclr_ddp.data.dataset import Dataset, open_dataset
 from simclr_ddp.data.spirograph import TARGETS
 from simclr_ddp.data.write import write_dataset
 from simclr_ddp.distributed.runtime import setup
-from simclr_ddp.evaluation import linear
+from simclr_ddp.evaluation import linear, logistic_path
 from simclr_ddp.evaluation.features import representations
 from simclr_ddp.evaluation.labels import number_names, open_labelled
 from simclr_ddp.evaluation.table import table
@@ -458,6 +458,15 @@ def test_fits_that_stopped_early_and_the_end_of_the_path_are_said(run: Path, cap
     assert "L-BFGS did not reach tolerance=1e-09 in 3 of 3 fits, including the fit to all training images" in said
     end = {1e-2: "strongest", 1e-3: "weakest"}[record["results"]["trained"]["strength"]]
     assert f"is the {end} penalty on the path" in said
+
+
+def test_a_path_that_memory_can_not_hold_ends_before_the_forward_passes(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logistic_path, "available_bytes", lambda: 10_000)
+    assert linear_eval.main([str(run), "device=cpu", "cache=false"]) == 2
+    said = capfd.readouterr().err
+    assert "error: strengths: 45 of them with 32 features and 2 classes need 0.0 GiB" in said and "encoder" not in said
 
 
 def test_six_classes_have_a_top5() -> None:

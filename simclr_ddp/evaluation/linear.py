@@ -26,6 +26,11 @@ class Protocol(NamedTuple):
     tolerance: float = 1e-6
     max_iterations: int = 1000
 
+    @property
+    def path(self) -> Sequence[float]:
+        """The strengths to choose from."""
+        return self.strengths or logistic.strengths_of(self.convention)
+
 
 def held_out(protocol: Protocol, train: Dataset) -> np.ndarray:
     """Mask [n] of the training images that are held out to choose the strength."""
@@ -101,7 +106,7 @@ def fit(
     """
     mean, factor = logistic.standardization(x)
     logistic.standardize_(x, mean, factor)
-    strengths = protocol.strengths or logistic.strengths_of(protocol.convention)
+    strengths = protocol.path
     labels = labels_of(train, x.device)
     shared = Shared(helpers, x, labels, train.class_count) if helpers and train.has_classes else None
     with console.Progress(len(strengths), unit="strengths", title=f"{name} encoder") as progress:

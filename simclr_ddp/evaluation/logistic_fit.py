@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from simclr_ddp.evaluation import logistic, logistic_path
-from simclr_ddp.system.machine import available_bytes
 
 Array = TypeVar("Array", Tensor, np.ndarray)
 
@@ -45,7 +44,8 @@ def fit_logistic_path(
         raise ValueError(
             f"y: all {len(labels)} labels are {names[0].item()}; samples of at least two classes are needed"
         )
-    _check_memory(features, len(names), len(strengths))
+    if fault := logistic_path.memory_fault(features.shape[1], len(names), len(strengths), features.device):
+        raise ValueError(fault)
     rows = torch.arange(len(features), device=features.device)
     l2 = [logistic.ridge(convention, strength, len(rows)) for strength in strengths]
     found = logistic.solutions(features, labels, rows, l2, classes=len(names), tolerance=tolerance)
@@ -86,14 +86,3 @@ def _check(x: Tensor, y: Tensor, strengths: Sequence[float], convention: str, to
 
 def _name(values: Tensor) -> str:
     return str(values.dtype).removeprefix("torch.")
-
-
-def _check_memory(x: Tensor, classes: int, strengths: int) -> None:
-    """Raise ValueError if solutions and the state of L-BFGS do not fit in memory."""
-    free = available_bytes() if x.device.type == "cpu" else torch.cuda.mem_get_info(x.device)[0]
-    needed = logistic_path.state_bytes(x.shape[1], classes, strengths)
-    if free is not None and needed > free:
-        raise ValueError(
-            f"strengths: {strengths} of them with {x.shape[1]} features and {classes} classes need "
-            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; fit fewer strengths at once"
-        )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from simclr_ddp.evaluation.cross_entropy import CrossEntropy
 from simclr_ddp.evaluation.lbfgs import HISTORY, Minimization, Minimum, minimize
+from simclr_ddp.system.machine import available_bytes
 
 _COLUMNS = 640  # strengths times classes per pass: wider products are not faster
 _FAST = 1e-6  # smallest tolerance for float32 products: their gradients are rounded to about a tenth of it
@@ -75,11 +76,18 @@ def logistic_path(
             yield from ((j, solution) for j, strength in enumerate(l2) if strength == path.l2[i])
 
 
-def state_bytes(features: int, classes: int, strengths: int) -> int:
-    """Bytes of the solutions, of the pairs of L-BFGS, and of the matrices [D + 1, D + 1] at the busiest time."""
+def memory_fault(features: int, classes: int, strengths: int, device: torch.device) -> str:
+    """An error message if solutions and the state of L-BFGS do not fit in free memory, or ""."""
+    free = available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     together = min(strengths, max(1, _COLUMNS // classes))
     models = 2 * strengths + (2 * HISTORY + 6) * together
-    return 8 * (models * classes + (together + strengths) * (features + 1)) * (features + 1)
+    needed = 8 * (models * classes + (together + strengths) * (features + 1)) * (features + 1)
+    if free is None or needed <= free:
+        return ""
+    return (
+        f"strengths: {strengths} of them with {features} features and {classes} classes need {needed / 2**30:.1f} "
+        f"GiB, and {free / 2**30:.1f} GiB are free; fit fewer strengths at once"
+    )
 
 
 def _together(data: CrossEntropy, tasks: list[Minimization], l2: list[float]) -> list[Minimum]:

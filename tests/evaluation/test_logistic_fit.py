@@ -12,7 +12,7 @@ from torch import Tensor
 
 import simclr_ddp
 from simclr_ddp import fit_logistic_path
-from simclr_ddp.evaluation import logistic_fit
+from simclr_ddp.evaluation import logistic_fit, logistic_path
 from simclr_ddp.evaluation.chunks import CHUNK
 from tests.evaluation.test_logistic import samples
 
@@ -152,10 +152,10 @@ def test_errors_are_one_line(change: dict[str, Any], message: str) -> None:
 
 def test_more_strengths_than_fit_in_memory_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = samples()
-    monkeypatch.setattr(logistic_fit, "available_bytes", lambda: 10_000)
+    monkeypatch.setattr(logistic_path, "available_bytes", lambda: 10_000)
     with pytest.raises(ValueError, match=r"strengths: 90 of them with 6 features and 4 classes need .* fit fewer"):
         fit_logistic_path(x, y, [10.0**-i for i in range(90)])
-    monkeypatch.setattr(logistic_fit, "available_bytes", lambda: None)
+    monkeypatch.setattr(logistic_path, "available_bytes", lambda: None)
     fit_logistic_path(x, y, [1.0])
 
 
