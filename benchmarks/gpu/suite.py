@@ -230,7 +230,8 @@ def _of_a_run(path: Path) -> dict[str, float]:
         texts = {
             name: file.read().decode()
             for name in archive.getnames()
-            if name in ("./config.yaml", "./linear_eval.json", "./metrics.jsonl") or name.startswith("./evaluations/")
+            if name in ("./config.yaml", "./linear_eval.json", "./metrics.jsonl")
+            or (name.startswith("./evaluations/") and name.endswith(".json"))
             if (file := archive.extractfile(name)) is not None
         }
     found: dict[str, float] = {}
