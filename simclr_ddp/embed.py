@@ -51,7 +51,7 @@ def embed(settings: Embed) -> int:
         "loader": settings.loader,
     }
     with lifecycle.joined(settings.device, settings.precision, settings.threads, settings.timeout) as runtime:
-        loaded, _ = open_encoder(settings.run, settings.size)
+        loaded, _ = open_encoder(settings.run, settings.size, settings.crop)
         dataset, size = open_images(settings.data, settings.split, "data", loaded), loaded.spec.size
         averaged = features.averaging(settings.views, settings.seed, loaded.settings, loaded.spec)
         folder = Path(settings.output) if settings.output else loaded.folder

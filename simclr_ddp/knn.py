@@ -50,6 +50,7 @@ def knn(settings: Knn) -> int:
             settings.train,
             settings.test,
             size=settings.size,
+            crop=settings.crop,
             views=settings.views,
             seed=settings.seed,
             output=settings.output,
@@ -98,7 +99,8 @@ def knn(settings: Knn) -> int:
             "seed": settings.seed if settings.views else 0,
             "size": size if size != subject.own_size else 0,
             "precision": runtime.precision,
-        },
+        }
+        | ({"crop": settings.crop} if settings.crop else {}),
         "settings": options.plain(settings),
         "definitions": DEFINITIONS,
         "results": results,

@@ -46,7 +46,7 @@ def label_free(settings: LabelFree) -> int:
         "loader": settings.loader,
     }
     with lifecycle.joined(settings.device, settings.precision, settings.threads, settings.timeout) as runtime:
-        loaded, own_size = open_encoder(settings.run, settings.size)
+        loaded, own_size = open_encoder(settings.run, settings.size, settings.crop)
         split = "test" if settings.test or loaded.settings.get("data.test") else "train"
         dataset = open_images(settings.test, split, "test", loaded)
         averaged = averaging(settings.views, settings.seed, loaded.settings, loaded.spec)
@@ -109,7 +109,8 @@ def label_free(settings: LabelFree) -> int:
             "seed": settings.seed if drawn else 0,
             "size": size if size != own_size else 0,
             "precision": runtime.precision,
-        },
+        }
+        | ({"crop": settings.crop} if settings.crop else {}),
         "settings": options.plain(settings),
         "results": results,
         "runtime": hardware,

@@ -69,10 +69,12 @@ def linear_eval(settings: LinearEval) -> int:
             settings.train,
             settings.test,
             size=settings.size,
+            crop=settings.crop,
             views=settings.views,
             seed=settings.seed,
             output=settings.output,
             cache=settings.cache,
+            validation=settings.validation,
         )
         train, test, size = subject.train, subject.test, subject.loaded.spec.size
         protocol = Protocol(
@@ -82,13 +84,15 @@ def linear_eval(settings: LinearEval) -> int:
             seed=settings.seed,
             tolerance=settings.tolerance,
             max_iterations=settings.max_iterations,
+            metric=settings.metric,
         )
-        held = held_out(protocol, train)
+        held = held_out(protocol, train, subject.validation)
         if train.has_classes:
             width, count = subject.loaded.encoder.width_out, len(protocol.path)
             on_main(lambda: memory_fault(width, train.class_count, count, runtime.device))
         say_loader(train, views=settings.views, size=size, **loading)
-        preflight.evaluation((train, test), size=size, **loading)
+        sets = (train, test) if subject.validation is None else (train, subject.validation, test)
+        preflight.evaluation(sets, size=size, **loading)
 
         results: dict[str, dict[str, Any]] = {}
         arrays = {}
@@ -98,7 +102,16 @@ def linear_eval(settings: LinearEval) -> int:
                 with helping(runtime.device) as helpers:
                     if collectives.is_main():
                         metrics, arrays[name] = evaluate(
-                            x_train, x_test, train, test, held, protocol, runtime.device, name, helpers
+                            x_train,
+                            x_test,
+                            train,
+                            test,
+                            held,
+                            protocol,
+                            runtime.device,
+                            name,
+                            validation=subject.validation,
+                            helpers=helpers,
                         )
                         results[name] = metrics | {"forward_seconds": seconds}
                         console.say(headline(name, metrics))

@@ -20,7 +20,7 @@ from simclr_ddp.data.dataset import Dataset, open_dataset
 from simclr_ddp.data.spirograph import TARGETS
 from simclr_ddp.data.write import write_dataset
 from simclr_ddp.distributed.runtime import setup
-from simclr_ddp.evaluation import linear, logistic_path
+from simclr_ddp.evaluation import linear, logistic, logistic_path
 from simclr_ddp.evaluation.features import representations
 from simclr_ddp.evaluation.labels import number_names, open_labelled
 from simclr_ddp.evaluation.table import table
@@ -167,6 +167,52 @@ def test_representations_are_those_of_the_whole_image_in_order(
     assert h.dtype == runtime.dtype
     tolerance = {"fp32": 1e-5, "fp64": 1e-6, "bf16": 0.1}[precision]
     torch.testing.assert_close(h.double(), torch.stack(expected), rtol=tolerance, atol=tolerance)
+
+
+def test_a_crop_shows_the_centre_of_an_image(run: Path, trained: Path, files: dict[str, Path], loader: str) -> None:
+    loaded, dataset = load_encoder(trained), open_dataset(str(files["train"]), "train")
+    assert dataset.images is not None
+    cut = loaded._replace(spec=loaded.spec._replace(size=24, crop=0.5))
+    h = representations(
+        cut.encoder, dataset, cut.spec, setup("cpu", "fp64", 1), batch_size=7, workers=0, loader=loader, title="crop"
+    )
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (loaded.spec.mean, loaded.spec.std))
+    for i in (0, 39):
+        picture = dataset.images.jpeg(i)
+        side = round(0.5 * min(picture.size))
+        box = ((picture.height - side) // 2, (picture.width - side) // 2, side, side)
+        pixels = torch.from_numpy(resize_crop(picture, box, 24).copy()).permute(2, 0, 1) / 255.0
+        expected = loaded.encoder.double()(((pixels.double() - mean) / std)[None])[0].detach()
+        torch.testing.assert_close(h[i], expected, rtol=1e-6, atol=1e-6)
+    quick = ("strengths=[1]", "random_encoder=false", "size=24")
+    whole, centre = evaluate(run, *quick), evaluate(run, *quick, "crop=0.5")
+    assert centre["encoder"]["crop"] == 0.5 and whole["encoder"]["crop"] == 0
+    assert whole["results"]["trained"]["gradient"] != centre["results"]["trained"]["gradient"]
+    assert len(list((run / "evaluations").glob("*.json"))) == 2
+
+
+def test_validation_images_choose_the_strength_and_are_then_trained_on(run: Path, files: dict[str, Path]) -> None:
+    record = evaluate(run, f"validation={files['one']}", "strengths=[0.01,1]", "random_encoder=false")
+    found = record["results"]["trained"]
+    assert record["validation_images"] == record["validation"]["images"] == 20
+
+    loaded, train = load_encoder(run), open_dataset(str(files["train"]), "train")
+    held, test = (open_dataset(str(files[name]), "test") for name in ("one", "test"))
+    loading: dict[str, Any] = {"batch_size": 256, "workers": 0, "loader": "auto", "title": ""}
+    x, x_held, x_test = (
+        representations(loaded.encoder, dataset, loaded.spec, setup("cpu", "fp32", 1), **loading).double()
+        for dataset in (train, held, test)
+    )
+    x, labels = torch.cat([x, x_held]), torch.cat([torch.from_numpy(train.labels), torch.zeros(20, dtype=torch.int64)])
+    mean, factor = logistic.standardization(x)
+    x, x_test = (x - mean) * factor, (x_test - mean) * factor
+    rows, everything = torch.arange(40), torch.arange(60)
+    for tried in found["validation"]:
+        (model,) = logistic.solutions(x, labels, rows, [logistic.ridge("C", tried["strength"], 40)], classes=2)
+        assert tried["top1"] == pytest.approx((model.predict(x[40:]).argmax(1) == 0).double().mean().item(), abs=0.051)
+    (model,) = logistic.solutions(x, labels, everything, [logistic.ridge("C", found["strength"], 60)], classes=2)
+    correct = (model.predict(x_test).argmax(1) == torch.from_numpy(test.labels)).double().mean().item()
+    assert found["top1"] == pytest.approx(correct, abs=0.034)  # one of the 30 images may lie at the boundary
 
 
 def gathered(run_dir: Path, file: Path, precision: str) -> Tensor:
@@ -441,6 +487,16 @@ def test_labels_of_the_test_images_do_not_reach_the_choice() -> None:
     assert one["top1"] > 0.9 and other["top1"] < 0.7
 
 
+def test_the_mean_over_classes_may_choose_the_strength() -> None:
+    labels = (np.arange(80) % 10 == 0).astype(np.int64)  # one image in ten
+    x, dataset = toy(labels)
+    chosen = {metric: evaluate_toy(x / 4, dataset, dataset, metric=metric) for metric in ("top1", "mean_per_class")}
+    by_mean = chosen["mean_per_class"]
+    assert by_mean["validation_mean_per_class"] == max(c["mean_per_class"] for c in by_mean["validation"])
+    strongest = {metric: record["validation"][0][metric] for metric, record in chosen.items()}
+    assert strongest == {"top1": 0.9, "mean_per_class": 0.5}, "it predicts one class for all"
+
+
 def test_a_strength_has_the_same_meaning_in_both_conventions() -> None:
     x, dataset = toy(np.arange(80) % 2)
     one = evaluate_toy(x, dataset, dataset, strengths=[1e-3], tolerance=1e-10)
@@ -533,6 +589,13 @@ ERRORS = {
     "no validation": (
         ["{run}", "validation_fraction=0.01"],
         "validation_fraction=0.01: of 40 training images, 0 choose the strength",
+    ),
+    "test for validation": (["{run}", "validation={test}"], "validation={test}: these are the test images"),
+    "other validation": (["{run}", "validation={three}"], "validation={three}: train={train} has no class class2"),
+    "cropped views": (["{run}", "views=2", "crop=1"], "crop=1 would have no effect; set one of them"),
+    "cropped drawings": (
+        ["{run}", "crop=1", "train=spirograph", "test=spirograph"],
+        "crop=1: spirograph is rendered at the size of a view",
     ),
     "all validation": (["{run}", "validation_fraction=1"], "40 choose the strength and 0 are fitted"),
 }

@@ -381,6 +381,13 @@ class Forward:
 @dataclass
 class Evaluation(Forward):
     size: int = option(0, "height and width of an image in pixels; 0 is data.size of the run", low=0)
+    crop: float = option(
+        0,
+        "side of the centred square that the encoder sees, as a fraction of the short side of the image: 1 with "
+        "size=224 is the transfer protocol of Chen et al. 2020; 0 is 0.875, or the complete image up to size=32",
+        low=0,
+        high=1,
+    )
     views: int = option(
         0,
         "augmented views of each image, with the crop, flip and colour distortion of the run, whose representations "
@@ -416,8 +423,20 @@ class LinearEval(LabelledEvaluation):
         "strengths of the penalty to choose from; empty is a path of 45 (C: 1e-6 to 1e5, mean: 1e-10 to 10)",
         low=0,
     )
+    validation: str = option(
+        "",
+        "images that choose the strength and are then training images too: a .beton file; empty holds out some of the "
+        "training images",
+        path=True,
+    )
     validation_fraction: float = option(
         0.1, "fraction of the training images that is held out to choose the strength", low=0, high=1
+    )
+    metric: str = option(
+        "top1",
+        "accuracy that chooses the strength; mean_per_class is that published for Aircraft, Pets, Caltech-101 and "
+        "Flowers",
+        ("top1", "mean_per_class"),
     )
     tolerance: float = option(
         1e-6, "norm of the gradient, relative to that at zero weights, at which L-BFGS stops", low=0

@@ -118,12 +118,12 @@ def cut_views(images: Beton, sample: int, boxes: np.ndarray, size: int) -> np.nd
         raise images.undecodable(sample, error) from error
 
 
-def evaluation_box(height: int, width: int, size: int) -> tuple[int, int, int, int]:
-    """Box of the evaluation view: the centred square of 87.5 % of the short side.
+def evaluation_box(height: int, width: int, size: int, crop: float = 0.0) -> tuple[int, int, int, int]:
+    """Box of the evaluation view: the centred square whose side is `crop` times the short side of the image.
 
-    Views of up to 32 pixels show the complete image, as in the official code of Chen et al. 2020.
+    crop  0 is 0.875, or the complete image for views of up to 32 pixels, as in the official code of Chen et al. 2020
     """
-    if size <= 32:
+    if size <= 32 and not crop:
         return 0, 0, height, width
-    side = max(1, round(0.875 * min(height, width)))
+    side = max(1, round((crop or 0.875) * min(height, width)))
     return (height - side) // 2, (width - side) // 2, side, side

@@ -83,32 +83,34 @@ class Dataset:
         return max(len(self.classes or ()), high + 1)
 
 
-def in_classes_of(train: Dataset, test: Dataset) -> Dataset:
+def in_classes_of(train: Dataset, test: Dataset, name: str = "test") -> Dataset:
     """Return the test set with the class numbers of the training set; classes are compared by name.
+
+    name  of the test set in errors
 
     Raises ValueError if names are missing, or if test images have a class that the training set doesn't name.
     """
     if test.fingerprint == train.fingerprint:
         return test
-    for split, dataset in (("train", train), ("test", test)):
+    for split, dataset in (("train", train), (name, test)):
         if not dataset.classes:
             raise ValueError(
                 f"{split}={dataset.source}: holds no class names, so its classes can't be compared with another file; "
                 "copy its .json next to it, or write it again"
             )
         if len(set(dataset.classes)) < len(dataset.classes):
-            twice = next(name for name in dataset.classes if dataset.classes.count(name) > 1)
+            twice = next(found for found in dataset.classes if dataset.classes.count(found) > 1)
             raise ValueError(f"{split}={dataset.source}: names class {twice} twice; write it again")
     assert train.classes and test.classes and test.labels is not None
-    places = {name: i for i, name in enumerate(train.classes)}
+    places = {found: i for i, found in enumerate(train.classes)}
     unknown = [test.classes[i] for i in np.unique(test.labels) if test.classes[i] not in places]
     if unknown:
         names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else "")
         raise ValueError(
-            f"test={test.source}: train={train.source} has no class {names}, only {', '.join(train.classes[:5])}"
-            f"{' ...' * (len(train.classes) > 5)}; give test images of its classes, or folders of the same names"
+            f"{name}={test.source}: train={train.source} has no class {names}, only {', '.join(train.classes[:5])}"
+            f"{' ...' * (len(train.classes) > 5)}; give {name} images of its classes, or folders of the same names"
         )
-    numbers = np.array([places.get(name, -1) for name in test.classes])
+    numbers = np.array([places.get(found, -1) for found in test.classes])
     return replace(test, labels=numbers[test.labels], classes=train.classes)
 
 

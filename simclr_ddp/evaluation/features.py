@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simclr_ddp.data.augmentations import Augmentation
 from simclr_ddp.data.batches import evaluation_batches, evaluation_images, training_images
-from simclr_ddp.data.crops import crop_boxes
+from simclr_ddp.data.crops import crop_boxes, evaluation_box
 from simclr_ddp.data.dataset import Dataset
 from simclr_ddp.distributed import collectives
 from simclr_ddp.distributed.runtime import Runtime
@@ -43,6 +43,10 @@ def averaging(views: int, seed: int, settings: dict[str, Any], spec: Spec) -> Av
     """
     if not views:
         return None
+    if spec.crop:
+        raise ValueError(
+            f"views={views}: these are random crops, so crop={spec.crop:g} would have no effect; set one of them"
+        )
     section = "data.augmentation."
     a = {key.removeprefix(section): value for key, value in settings.items() if key.startswith(section)}
     if not a:
@@ -158,7 +162,7 @@ def representations(
         workers=usable_workers(workers, collectives.local_world_size()),
         loader=loader,
         device=runtime.device,
-        boxes=_boxes(dataset, local, averaged),
+        boxes=_boxes(dataset, local, averaged, spec),
     )
     h_all = torch.empty(len(index) if main else 0, encoder.width_out, dtype=runtime.dtype)
     with console.Progress(len(index), title=title) as progress:
@@ -180,7 +184,13 @@ def representations(
     return h_all
 
 
-def _boxes(dataset: Dataset, index: np.ndarray, averaged: Averaging | None) -> np.ndarray | None:
+def _boxes(dataset: Dataset, index: np.ndarray, averaged: Averaging | None, spec: Spec) -> np.ndarray | None:
+    """Boxes [n, V, 4] of the views, unless they are those of `evaluation_batches`."""
+    if spec.crop and not dataset.decoded:
+        raise ValueError(f"crop={spec.crop:g}: {dataset.source} is rendered at the size of a view; leave crop out")
+    if spec.crop:
+        sizes = dataset.file.sizes[index].tolist()
+        return np.array([[evaluation_box(h, w, spec.size, spec.crop)] for h, w in sizes], np.int32).reshape(-1, 1, 4)
     if averaged is None or not dataset.decoded:
         return None
     low, high = averaged.crop_scale

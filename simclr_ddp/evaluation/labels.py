@@ -31,32 +31,55 @@ def open_labelled(given: dict[str, str], loaded: Loaded) -> tuple[Dataset, Datas
             raise ValueError(f"data.{split} {where}; give the {split} images as {split}=FILE.beton")
     form = loaded.settings.get("data.spirograph", "image")
     train, test = (_open(sources[split], split, given[split], form) for split in ("train", "test"))
-    for split, dataset in (("train", train), ("test", test)):
-        if dataset.labels is None:
-            raise ValueError(
-                f"{split}={dataset.source}: has no labels, which the evaluation needs; give labelled images as "
-                f"{split}=FILE.beton"
-            )
-        if not np.isfinite(dataset.labels).all() or (dataset.has_classes and dataset.labels.min() < 0):
-            raise ValueError(
-                f"{split}={dataset.source}: some labels are negative or not finite; write the file again with classes "
-                "from 0, or with numbers"
-            )
-    assert train.labels is not None and test.labels is not None
-    if train.labels.shape[1:] != test.labels.shape[1:]:
-        raise ValueError(
-            f"train={train.source}: its labels are {_kind(train)}, but those of test={test.source} are {_kind(test)}; "
-            "give two files of one data set"
-        )
-    if train.has_classes:
-        test = in_classes_of(train, test)
-        _check_classes(train, test)
+    _check_labels("train", train)
+    test = _matching("test", test, train)
     of_run = (fingerprint(loaded.settings.get("data.train", "")), checkpoint.trained_on(loaded.folder / "checkpoints"))
     if test.fingerprint != train.fingerprint and not any(test.is_known_as(found) for found in of_run if found):
         return train, test, "test"
     whose = "" if test.fingerprint == train.fingerprint else " of the run"
     console.warn(f"test={test.source}: these are the training images{whose}; the metrics don't apply to new images")
     return train, test, "train"
+
+
+def open_validation(source: str, train: Dataset, test: Dataset, loaded: Loaded) -> Dataset:
+    """Open labelled images that choose a setting of the model, with the class numbers of the training images.
+
+    Raises ValueError if they are the training or test images.
+    """
+    form = loaded.settings.get("data.spirograph", "image")
+    validation = _matching("validation", open_dataset(source, "train", form), train)
+    for name, other in (("training", train), ("test", test)):
+        if validation.fingerprint == other.fingerprint:
+            raise ValueError(f"validation={source}: these are the {name} images; give others, or leave it out")
+    return validation
+
+
+def _check_labels(split: str, dataset: Dataset) -> None:
+    if dataset.labels is None:
+        raise ValueError(
+            f"{split}={dataset.source}: has no labels, which the evaluation needs; give labelled images as "
+            f"{split}=FILE.beton"
+        )
+    if not np.isfinite(dataset.labels).all() or (dataset.has_classes and dataset.labels.min() < 0):
+        raise ValueError(
+            f"{split}={dataset.source}: some labels are negative or not finite; write the file again with classes "
+            "from 0, or with numbers"
+        )
+
+
+def _matching(split: str, dataset: Dataset, train: Dataset) -> Dataset:
+    """Give a data set the class numbers of the training images. Raises ValueError if its labels do not fit theirs."""
+    _check_labels(split, dataset)
+    assert train.labels is not None and dataset.labels is not None
+    if train.labels.shape[1:] != dataset.labels.shape[1:]:
+        raise ValueError(
+            f"train={train.source}: its labels are {_kind(train)}, but those of {split}={dataset.source} are "
+            f"{_kind(dataset)}; give two files of one data set"
+        )
+    if train.has_classes:
+        dataset = in_classes_of(train, dataset, split)
+        _check_classes(split, train, dataset)
+    return dataset
 
 
 def _open(source: str, split: str, given: str, form: str) -> Dataset:
@@ -76,14 +99,14 @@ def _kind(dataset: Dataset) -> str:
     return "classes" if dataset.has_classes else f"{dataset.labels.shape[1]} numbers"
 
 
-def _check_classes(train: Dataset, test: Dataset) -> None:
-    assert train.labels is not None and test.labels is not None
+def _check_classes(split: str, train: Dataset, dataset: Dataset) -> None:
+    assert train.labels is not None and dataset.labels is not None
     known = np.unique(train.labels)
-    unknown = np.setdiff1d(test.labels, known)
+    unknown = np.setdiff1d(dataset.labels, known)
     if len(unknown):
-        name = f" ({test.classes[unknown[0]]})" if test.classes else ""
+        name = f" ({dataset.classes[unknown[0]]})" if dataset.classes else ""
         raise ValueError(
-            f"test={test.source}: class {unknown[0]}{name} has no image in train={train.source}; "
+            f"{split}={dataset.source}: class {unknown[0]}{name} has no image in train={train.source}; "
             "give training images of every class"
         )
     if len(known) < 2:

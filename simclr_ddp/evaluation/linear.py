@@ -25,6 +25,7 @@ class Protocol(NamedTuple):
     seed: int = 0
     tolerance: float = 1e-6
     max_iterations: int = 1000
+    metric: str = "top1"
 
     @property
     def path(self) -> Sequence[float]:
@@ -32,13 +33,15 @@ class Protocol(NamedTuple):
         return self.strengths or logistic.strengths_of(self.convention)
 
 
-def held_out(protocol: Protocol, train: Dataset) -> np.ndarray:
-    """Mask [n] of the training images that are held out to choose the strength."""
+def held_out(protocol: Protocol, train: Dataset, validation: Dataset | None = None) -> np.ndarray:
+    """Mask [n] of the training images that are held out to choose the strength: those of `validation`, if given."""
     if protocol.convention == "C" and any(s < 1e-100 for s in protocol.strengths):
         raise ValueError(
             f"strengths={list(protocol.strengths)}: with convention=C a strength of 0 is an unbounded penalty; C is "
             "the weight of the images and must be above 0"
         )
+    if validation is not None:
+        return np.repeat([False, True], [train.count, validation.count])
     held = holdout(protocol.seed, train.count, protocol.validation_fraction)
     if len(protocol.strengths) != 1 and not 0 < held.sum() < train.count:
         raise ValueError(
@@ -67,26 +70,30 @@ def evaluate(
     protocol: Protocol,
     device: torch.device,
     name: str,
+    *,
+    validation: Dataset | None = None,
     helpers: Helpers | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Compute all metrics of one encoder, and the results per test image, from representations [n, D].
 
-    helpers  other ranks that sum over the training images with this one
+    validation  images whose representations follow those of `train`, of which they are a part
+    helpers     other ranks that sum over the training images with this one
 
     The representations are overwritten.
     """
     if not (logistic.finite(x_train) and logistic.finite(x_test)):
         raise ValueError(f"representations of the {name} encoder are not finite; use an earlier checkpoint")
     begin = time.perf_counter()
-    fitted = fit(x_train.to(device), train, held, protocol, name, helpers)
+    sets = [train] if validation is None else [train, validation]
+    fitted = fit(x_train.to(device), sets, held, protocol, name, helpers)
     result, arrays = score(fitted, x_test.to(device), test)
     warn_about_fit(fitted, protocol, name)
-    metric = "top1" if train.has_classes else "mse"
-    validation = [{metric if k == "score" else k: v for k, v in c._asdict().items()} for c in fitted.candidates]
+    metric = protocol.metric if train.has_classes else "mse"
+    tried = [{metric if k == "score" else k: v for k, v in c._asdict().items()} for c in fitted.candidates]
     result |= {
         "strength": fitted.strength,
-        f"validation_{metric}": next((c[metric] for c in validation if c["strength"] == fitted.strength), None),
-        "validation": validation,
+        f"validation_{metric}": next((c[metric] for c in tried if c["strength"] == fitted.strength), None),
+        "validation": tried,
         "iterations": fitted.solution.iterations,
         "gradient": fitted.solution.gradient,
         "converged": fitted.solution.converged,
@@ -97,9 +104,11 @@ def evaluate(
 
 
 def fit(
-    x: Tensor, train: Dataset, held: np.ndarray, protocol: Protocol, name: str, helpers: Helpers | None = None
+    x: Tensor, sets: list[Dataset], held: np.ndarray, protocol: Protocol, name: str, helpers: Helpers | None = None
 ) -> Fitted:
     """Standardise the training representations [n, D] in place, choose the strength, and fit to all of them.
+
+    sets  data sets of the images in this order, with the class numbers of the first
 
     Test images are not used. Means and variances are those of all training images, also while some are held out: a
     strength then means the same in both fits, and no labels enter them.
@@ -107,7 +116,7 @@ def fit(
     mean, factor = logistic.standardization(x)
     logistic.standardize_(x, mean, factor)
     strengths = protocol.path
-    labels = labels_of(train, x.device)
+    labels, train = torch.cat([labels_of(dataset, x.device) for dataset in sets]), sets[0]
     shared = Shared(helpers, x, labels, train.class_count) if helpers and train.has_classes else None
     with console.Progress(len(strengths), unit="strengths", title=f"{name} encoder") as progress:
 
@@ -125,6 +134,7 @@ def fit(
             classes=train.class_count,
             tolerance=protocol.tolerance,
             max_iterations=protocol.max_iterations,
+            metric=protocol.metric,
             report=report,
             select=shared.select if shared else None,
         )

@@ -30,7 +30,7 @@ CONVENTIONS = {
 class Candidate(NamedTuple):
     strength: float
     l2: float
-    score: float  # on the held-out images: top-1 in [0, 1], or mean squared error
+    score: float  # on the held-out images: accuracy in [0, 1], or mean squared error
     iterations: int
     gradient: float
     converged: bool
@@ -82,6 +82,7 @@ def choose(
     classes: int,
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
+    metric: str = "top1",
     report: Callable[[Candidate], None] = lambda candidate: None,
     select: Callable[[Tensor], CrossEntropy] | None = None,
 ) -> tuple[float, Solution, list[Candidate]]:
@@ -90,6 +91,7 @@ def choose(
     x        [n, D] float32 or float64
     labels   [n] int64, or [n, K] float64 numbers with classes = 0
     held     [n] bool, the samples for scoring; ignored if there is only one strength
+    metric   of classes, by which strengths are compared: top1 or mean_per_class
     report   called with every candidate
     select   cross-entropy over the samples [m] of x, if it is not computed by this process alone
 
@@ -112,7 +114,9 @@ def choose(
         for i, solution in _solved(x, labels, fitted, list(l2_of.values()), **settings):
             strength = list(l2_of)[i]
             if classes:
-                score = scores.accuracy(label_ranks(solution, x, labels, scored) == 0)
+                correct = label_ranks(solution, x, labels, scored) == 0
+                per_class = metric == "mean_per_class"
+                score = scores.mean_per_class(correct, labels[scored]) if per_class else scores.accuracy(correct)
             else:
                 score = scores.squared_errors(predict(solution, x, scored), labels[scored]).mean().item()
             found.append((Candidate(strength, l2_of[strength], score, *solution[2:]), solution))

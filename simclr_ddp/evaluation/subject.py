@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from simclr_ddp.data.batches import describe_loader
@@ -14,7 +15,7 @@ from simclr_ddp.data.dataset import Dataset, open_dataset
 from simclr_ddp.distributed import collectives
 from simclr_ddp.distributed.runtime import Runtime
 from simclr_ddp.evaluation.features import Averaging, averaging, embed
-from simclr_ddp.evaluation.labels import about, open_labelled
+from simclr_ddp.evaluation.labels import about, open_labelled, open_validation
 from simclr_ddp.runs import evaluations
 from simclr_ddp.runs.encoder import Loaded, hash_of, load_encoder, random_encoder
 from simclr_ddp.system import console
@@ -26,19 +27,21 @@ class Subject(NamedTuple):
     own_size: int  # data.size of the run
     train: Dataset
     test: Dataset
+    validation: Dataset | None  # further training images, which choose a setting of the model
     split: str  # what the test images are: test, or train if the encoder or the model is trained on them
     averaged: Averaging | None
     folder: Path  # for results
     cache: Path | None  # folder of the cache
 
 
-def open_encoder(run: str, size: int) -> tuple[Loaded, int]:
-    """Load an encoder for images of `size` pixels, 0 for the size of its run, which is also returned."""
+def open_encoder(run: str, size: int, crop: float = 0.0) -> tuple[Loaded, int]:
+    """Load an encoder for images of `size` pixels, 0 for the size of its run, which is also returned.
+
+    crop  of the images: see data.crops.evaluation_box
+    """
     loaded = load_encoder(run)
-    own_size = loaded.spec.size
-    if size:  # encoders trained on small views do better on larger images (Touvron et al. 2019)
-        loaded = loaded._replace(spec=loaded.spec._replace(size=size))
-    return loaded, own_size
+    own_size = loaded.spec.size  # encoders trained on small views do better on larger images (Touvron et al. 2019)
+    return loaded._replace(spec=loaded.spec._replace(size=size or own_size, crop=crop)), own_size
 
 
 def open_images(given: str, split: str, option: str, loaded: Loaded) -> Dataset:
@@ -62,27 +65,30 @@ def open_subject(
     test: str,
     *,
     size: int,
+    crop: float,
     views: int,
     seed: int,
     output: str,
     cache: bool,
+    validation: str = "",
     test_needed: bool = True,
 ) -> Subject:
     """Open everything, print what it is, and check that results can be written; all ranks end if they can't.
 
     test_needed  False: without test images, the training images are those too
     """
-    loaded, own_size = open_encoder(run, size)
+    loaded, own_size = open_encoder(run, size, crop)
     if not (test_needed or test or loaded.settings.get("data.test")):
         test = train or loaded.settings.get("data.train", "")
     train_set, test_set, split = open_labelled({"train": train, "test": test}, loaded)
+    chosen_by = open_validation(validation, train_set, test_set, loaded) if validation else None
     averaged = averaging(views, seed, loaded.settings, loaded.spec)
     folder = Path(output) if output else loaded.folder
     on_main(lambda: evaluations.trial_write(folder / evaluations.FOLDER))
     at = "" if loaded.step is None else f" of step {loaded.step}"
-    images = f"{train_set.count:,} + {test_set.count:,} images"
+    images = " + ".join(f"{found.count:,}" for found in (train_set, chosen_by, test_set) if found) + " images"
     console.say(f"{loaded.file}{at}: {loaded.spec.arch} x {loaded.spec.width:g}, {images}")
-    return Subject(loaded, own_size, train_set, test_set, split, averaged, folder, folder if cache else None)
+    return Subject(loaded, own_size, train_set, test_set, chosen_by, split, averaged, folder, folder if cache else None)
 
 
 def on_main(check: Callable[[], str]) -> None:
@@ -110,6 +116,7 @@ def encoders(
 ) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     """Yield (name, representations of the training images, of the test images, seconds) for each encoder.
 
+    Those of validation images follow those of the training images.
     One after the other, since representations may fill half of the memory: [n, D] on rank 0, [0, D] on other ranks.
     """
     found = {"trained": (subject.loaded.encoder, subject.loaded.hash)}
@@ -130,6 +137,9 @@ def encoders(
     for name, (encoder, weights) in found.items():
         begin = time.perf_counter()
         x_train = of_images(encoder, weights, subject.train, title=f"{name} encoder, train")
+        if subject.validation:
+            x_held = of_images(encoder, weights, subject.validation, title=f"{name} encoder, validation")
+            x_train = torch.cat([x_train, x_held])
         x_test = x_train.clone() if same else of_images(encoder, weights, subject.test, title=f"{name} encoder, test")
         yield name, x_train, x_test, round(time.perf_counter() - begin, 3)
         del x_train, x_test
@@ -148,7 +158,7 @@ def describe_subject(run: str, subject: Subject) -> dict[str, Any]:
         "averaged": None if subject.averaged is None else subject.averaged._asdict(),
         "train": about(subject.train, "train"),
         "test": about(subject.test, subject.split),
-    }
+    } | ({"validation": about(subject.validation, "validation")} if subject.validation else {})
 
 
 def write_results(folder: Path, record: dict[str, Any], text: str, arrays: dict[str, np.ndarray] | None = None) -> None:

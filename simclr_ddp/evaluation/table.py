@@ -31,7 +31,9 @@ def table(results: dict[str, dict[str, Any]], train: Dataset, test: Dataset, con
     columns = list(results.values())
     rows = [_row(columns, f"strength ({convention})", "strength", "{:.3g}".format)]
     if train.has_classes:
-        rows += [_row(columns, "validation top-1", "validation_top1", PERCENT), *_accuracies(columns)]
+        for title, metric in (("top-1", "top1"), ("mean per class", "mean_per_class")):
+            rows.append(_row(columns, f"validation {title}", f"validation_{metric}", PERCENT))
+        rows += _accuracies(columns)
     else:
         rows += [
             _row(columns, "validation MSE", "validation_mse", NUMBER),

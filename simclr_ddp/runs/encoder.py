@@ -67,6 +67,7 @@ class Spec(NamedTuple):
     size: int  # height and width of an image in pixels
     mean: list[float]  # subtracted from the channels of [0, 1] images
     std: list[float]  # by which the channels are then divided
+    crop: float = 0.0  # of evaluation views: see data.crops.evaluation_box
 
 
 class Loaded(NamedTuple):

@@ -78,7 +78,9 @@ def exported(path: Path) -> tuple[int | None, str]:
 
 
 def data_name(record: dict[str, Any]) -> str:
-    hashes: dict[str, Any] = {split: record[split]["fingerprint"] for split in ("train", "test") if split in record}
+    hashes: dict[str, Any] = {
+        split: record[split]["fingerprint"] for split in ("train", "test", "validation") if split in record
+    }
     return f"{_word(Path(record['test']['source']).stem)}.{short_hash(hashes)}"
 
 
@@ -95,7 +97,9 @@ def protocol(record: dict[str, Any]) -> dict[str, Any]:
     found = {key: settings.get(key) for key in PROTOCOL} | {"precision": record["runtime"]["precision"]}
     if not found["size"] or found["size"] == record.get("own_size"):
         found["size"] = 0  # that of the run
-    return found | ({"views": settings["views"]} if settings.get("views") else {})
+    if settings.get("metric", "top1") != "top1":
+        found["metric"] = settings["metric"]
+    return found | {key: settings[key] for key in ("views", "crop") if settings.get(key)}
 
 
 def write(folder: Path, record: dict[str, Any], arrays: "dict[str, np.ndarray] | None" = None) -> Path:

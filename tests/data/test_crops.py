@@ -139,3 +139,5 @@ def test_evaluation_box() -> None:
     assert evaluation_box(64, 64, 64) == (4, 4, 56, 56)
     assert evaluation_box(32, 32, 32) == (0, 0, 32, 32)
     assert evaluation_box(1, 1, 64) == (0, 0, 1, 1)
+    assert evaluation_box(400, 500, 224, 1) == (0, 50, 400, 400)
+    assert evaluation_box(40, 33, 32, 1) == (3, 0, 33, 33)
