@@ -32,6 +32,7 @@ PROTOCOLS: dict[str, tuple[str, type]] = {
     "linear": ("linear_eval", schema.LinearEval),
     "knn": ("knn", schema.Knn),
     "label_free": ("label_free", schema.LabelFree),
+    "transformations": ("transformations", schema.Transformations),
 }
 # Options that can't change a metric, or are compared by what they name.
 WITHOUT_EFFECT = {

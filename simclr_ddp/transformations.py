@@ -1,4 +1,4 @@
-"""Measure what the projection head discards: `python -m simclr_ddp.transformations CHECKPOINT.pt key=value ...`
+"""Measure what the projection head discards: `python -m simclr_ddp.transformations RUN_OR_CHECKPOINT key=value ...`
 
 Transforms each image in one of the ways of a task, drawn from (seed, image), and measures how well logistic regression
 predicts which it was, from the representation h and from the embedding z. The tasks are greyscale (chance 80 %),
@@ -41,6 +41,7 @@ def transformations(settings: Transformations) -> int:
     from simclr_ddp.distributed.watchdog import watching
     from simclr_ddp.evaluation.features import project
     from simclr_ddp.evaluation.linear import Protocol, evaluate, held_out
+    from simclr_ddp.evaluation.shared_cross_entropy import helping
     from simclr_ddp.evaluation.subject import on_main, open_encoder, open_images, write_results
     from simclr_ddp.evaluation.table import transformations_table
     from simclr_ddp.evaluation.transformations import NOISE, TASKS
@@ -81,7 +82,7 @@ def transformations(settings: Transformations) -> int:
                         transformed_h(encoder, dataset, task, loaded, runtime, settings, f"{name} encoder, {task.name}")
                         for dataset in (train, test)
                     )
-                    with collectives.while_main_works():
+                    with helping(runtime.device) as helpers:
                         if not collectives.is_main():
                             continue
                         vectors = {"h": (h_train, h_test)}
@@ -89,7 +90,9 @@ def transformations(settings: Transformations) -> int:
                             z_train, z_test = (project(h, heads[0], runtime, 4096) for h in (h_train, h_test))
                             vectors = {"z": (z_train, z_test)} | vectors
                         for kind, (x_train, x_test) in vectors.items():
-                            metrics, _ = evaluate(x_train, x_test, train, test, held, protocol, runtime.device, name)
+                            metrics, _ = evaluate(
+                                x_train, x_test, train, test, held, protocol, runtime.device, name, helpers=helpers
+                            )
                             results[name][f"{task.name}_{kind}_top1"] = metrics["top1"]
         hardware = describe(runtime)
     if not collectives.is_main():

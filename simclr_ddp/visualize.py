@@ -240,13 +240,13 @@ def draw_maps(images: "Dataset", split: str, settings: Pretrain, options: Visual
     from simclr_ddp.data.draws import permutation
     from simclr_ddp.distributed import collectives
     from simclr_ddp.distributed.watchdog import watching
-    from simclr_ddp.evaluation.features import representations
+    from simclr_ddp.evaluation.features import project, representations
     from simclr_ddp.evaluation.labels import number_names
     from simclr_ddp.plots.maps import colouring, maps, scatter, thumbnails
     from simclr_ddp.plots.png import save, write
     from simclr_ddp.plots.turning import turning
     from simclr_ddp.plots.views import evaluation_views
-    from simclr_ddp.runs.encoder import load_encoder
+    from simclr_ddp.runs.encoder import load_encoder, load_head
     from simclr_ddp.training import lifecycle, preflight
 
     index = permutation(0, 0, images.count)[: options.points]  # a random order, so that no class covers the others
@@ -285,21 +285,29 @@ def draw_maps(images: "Dataset", split: str, settings: Pretrain, options: Visual
             flat.append(drawn)
         elif options.gif:
             write(turning(drawn, colours, subtitle), folder / f"{drawn.name}.gif")
-    draw_spectrum(h, options, subtitle, folder)
+    spectra = {"representation h": h}
+    try:
+        spectra["embedding z"] = project(h, load_head(loaded), runtime, BATCH)
+    except ValueError as error:
+        console.say(f"the spectrum shows no embeddings z: {error}")
+    draw_spectrum(spectra, options, subtitle, folder)
     draw_neighbours(images, index, h, flat[::-1], settings.data.size, options, subtitle, folder)
 
 
-def draw_spectrum(h: "Tensor", options: Visualize, subtitle: str, folder: Path) -> None:
+def draw_spectrum(vectors: "dict[str, Tensor]", options: Visualize, subtitle: str, folder: Path) -> None:
     import torch
 
     from simclr_ddp.evaluation.label_free import rankme
     from simclr_ddp.plots.png import save
     from simclr_ddp.plots.spectrum import spectrum
 
-    x = h.double()
-    eigenvalues = torch.linalg.svdvals(x - x.mean(0)).square() / len(x)
-    title = f"spectrum of the covariance of h, RankMe {rankme(torch.linalg.svdvals(x)):.1f}\n{subtitle}"
-    save(spectrum({"representation h": eigenvalues.numpy()}, title), folder / f"spectrum.{options.format}")
+    spectra, words = {}, []
+    for name, found in vectors.items():
+        x = found.double()
+        spectra[name] = (torch.linalg.svdvals(x - x.mean(0)).square() / len(x)).numpy()
+        words.append(f"RankMe of {name.split()[-1]} {rankme(torch.linalg.svdvals(x)):.1f}")
+    title = f"spectrum of the covariance, {', '.join(words)}\n{subtitle}"
+    save(spectrum(spectra, title), folder / f"spectrum.{options.format}")
 
 
 def draw_neighbours(

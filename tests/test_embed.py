@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,12 @@ def test_mistakes(
 
     monkeypatch.setattr(builtins, "__import__", without_pyarrow)
     (tmp_path / "file").touch()
-    exported = run / "encoder.safetensors"
+    alone = shutil.copytree(run, tmp_path / "alone", ignore=shutil.ignore_patterns("checkpoints"))
     for path, more, sentence in (
         (
-            run,
+            alone,
             ("embeddings=true",),
-            f"{exported} holds no projection head; give a checkpoint of the run, such as {run}",
+            f"{alone / 'encoder.safetensors'} holds no projection head; give a checkpoint of the run",
         ),
         (run, ("format=npy",), "format=npy: pyarrow, which writes the table of the images, is not installed"),
         (run, ("split=test",), "data.test is empty in the settings of the run; give the images as data=FILE.beton"),

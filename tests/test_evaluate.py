@@ -260,19 +260,25 @@ def test_all_protocols_are_run_once_and_reported(tmp_path: Path, capfd: pytest.C
     for name, count in (("train", 40), ("test", 20)):
         write_dataset(str(write_images(tmp_path / name, count, seed=count)), tmp_path / f"{name}.beton")
     run = encoder_run.make_run(tmp_path / "run", tmp_path / "train.beton", tmp_path / "test.beton")
-    quick = ["set.linear_eval.strengths=[1]", "set.knn.k=5", "set.label_free.augmented=2", "device=cpu"]
+    quick = [
+        "set.linear_eval.strengths=[1]",
+        "set.knn.k=5",
+        "set.transformations.strengths=[1]",
+        "set.label_free.augmented=2",
+        "device=cpu",
+    ]
     quick += [f"set.{command}.workers=0" for command, _ in evaluate.PROTOCOLS.values()]
     content = reported(tmp_path, run, "protocols=all", *quick)
     assert content["notes"] == [] and "finished before" not in capfd.readouterr().out
     found = {section["protocol"]: section for section in content["evaluations"]}
-    assert list(found) == ["linear", "knn", "label_free"]
+    assert list(found) == ["linear", "knn", "transformations", "label_free"]
     assert found["knn"]["settings"]["k"] == 5 and found["label_free"]["settings"]["augmented"] == 2
     for section in found.values():
         assert section["seconds"][0] > 0
         for name, (cell,) in section["metrics"].items():
-            assert cell["random"] is not None, name
+            assert cell["random"] is not None or name.endswith("_z_top1"), name
     again = reported(tmp_path, run, "protocols=all", *quick)
-    assert again == content and capfd.readouterr().out.count("finished before") == 3
+    assert again == content and capfd.readouterr().out.count("finished before") == 4
 
 
 def test_an_evaluation_is_missing_if_settings_or_images_differ(tmp_path: Path) -> None:

@@ -223,7 +223,11 @@ def test_it_may_start_from_a_layer_of_the_projection_head(
     assert torch.equal(classifier["neck.0.weight"], head["projection_head.0.weight"])
     assert torch.equal(classifier["neck.1.running_mean"], head["projection_head.1.running_mean"])
     assert not any(key.startswith("neck.3") for key in classifier), "the second layer is not there"
-    for source, layers, fault in ((run, 1, "holds no projection head"), (file, 3, "the projection head has 2 layers")):
+    alone = shutil.copytree(run, tmp_path / "alone", ignore=shutil.ignore_patterns("checkpoints"))
+    for source, layers, fault in (
+        (alone, 1, "holds no projection head"),
+        (file, 3, "the projection head has 2 layers"),
+    ):
         assert finetune.main(settings(source, tmp_path / "other", *more, f"from_layer={layers}")) == 2
         assert fault in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -94,9 +95,10 @@ def test_shares_noise_and_edges() -> None:
 
 
 def test_mistakes(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    numbers = run.parent / "numbers.beton"
+    numbers, alone = run.parent / "numbers.beton", run.parent / "alone"
+    shutil.copytree(run, alone, ignore=shutil.ignore_patterns("checkpoints"))
     for path, more, sentence in (
-        (run, (), f"{run / 'encoder.safetensors'} holds no projection head; give a checkpoint of the run, such as"),
+        (alone, (), f"{alone / 'encoder.safetensors'} holds no projection head; give a checkpoint of the run"),
         (run / CHECKPOINT, (f"test={numbers}",), f"test={numbers}: its images are rendered; give photographs"),
         (run / CHECKPOINT, ("train=nowhere.beton",), "nowhere.beton"),
     ):

@@ -464,7 +464,7 @@ class LabelFree(Evaluation):
 
 @dataclass
 class Transformations(Forward):
-    run: str = option(MISSING, "checkpoint (.pt), which holds encoder and projection head", path=True)
+    run: str = option(MISSING, "run directory or checkpoint (.pt), which hold the projection head", path=True)
     seed: int = option(
         0, "seed of the transformations, of the validation split and of the untrained encoder", low=0, high=2**63 - 1
     )
@@ -481,7 +481,7 @@ class Embed(Evaluation):
         "", "images to embed: a .beton file or `spirograph`; empty is data.train or data.test of the run", path=True
     )
     split: str = option("test", "split that data is, or that is taken of the run or of spirograph", ("train", "test"))
-    embeddings: bool = option(False, "also write embeddings z of the projection head, which a checkpoint (.pt) holds")
+    embeddings: bool = option(False, "also write embeddings z of the projection head, which the run's checkpoint holds")
     format: str = option(
         "safetensors",
         "safetensors is one file of all arrays; npy is one file for each array, with a table .parquet of the images, "

@@ -141,13 +141,17 @@ class Head(NamedTuple):
 def load_head(loaded: Loaded) -> Head:
     """Read the projection head of the checkpoint that an encoder comes from; only rank 0 needs it.
 
-    Raises ValueError if the file is no checkpoint: encoder.safetensors holds the encoder only.
+    An exported encoder comes from the checkpoint of its step in its run directory. Raises ValueError if that is not
+    there, or holds another encoder.
     """
-    if loaded.file.suffix == ".safetensors":
+    file = loaded.file
+    if file.suffix == ".safetensors":
         found = checkpoint.all_steps(loaded.folder / "checkpoints")
         such = f", such as {found[-1]}" if found else ""
-        raise ValueError(f"{loaded.file} holds no projection head; give a checkpoint of the run{such}")
-    saved = checkpoint.load(loaded.file)
+        file = loaded.folder / "checkpoints" / f"step-{loaded.step or 0:08d}.pt"
+        if not (file.exists() and hash_of(_checkpoint(file).weights) == loaded.hash):
+            raise ValueError(f"{loaded.file} holds no projection head; give a checkpoint of the run{such}")
+    saved = checkpoint.load(file)
     settings, prefix = options.dotted(saved["config"]), "projection_head."
     head = untrained_head(settings, loaded.encoder.width_out, seed=0)
     head.load_state_dict({k.removeprefix(prefix): v for k, v in saved["model"].items() if k.startswith(prefix)})

@@ -1,6 +1,7 @@
 """Representations: averages over views, equal bytes on any number of ranks, and the cache."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,20 @@ def test_embeddings_are_those_of_the_loss(images: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(z.abs().sum(1), torch.full((40,), 3.0, dtype=torch.float64))
 
 
-def test_an_encoder_alone_has_no_embeddings(run: Path, tmp_path: Path) -> None:
-    for path, such in ((run, f"such as {run / CHECKPOINT}"), (run / "encoder.safetensors", "such as")):
-        with pytest.raises(ValueError, match=rf"holds no projection head; give a checkpoint of the run, {such}"):
-            load_head(load_encoder(path))
+def test_the_head_of_an_exported_encoder_is_that_of_its_checkpoint(run: Path, tmp_path: Path) -> None:
+    expected = load_head(load_encoder(run / CHECKPOINT)).module.state_dict()
+    for path in (run, run / "encoder.safetensors"):
+        found = load_head(load_encoder(path)).module.state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    alone = Path(shutil.copy(run / "encoder.safetensors", tmp_path))
+    with pytest.raises(ValueError, match=r"holds no projection head; give a checkpoint of the run$"):
+        load_head(load_encoder(alone))
+    saved = torch.load(run / CHECKPOINT, weights_only=True)
+    saved["model"]["encoder.conv1.weight"] += 1
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(saved, tmp_path / CHECKPOINT)
+    with pytest.raises(ValueError, match=f"give a checkpoint of the run, such as {tmp_path / CHECKPOINT}"):
+        load_head(load_encoder(alone))
 
 
 def cached(loaded: Loaded, images: Path, folder: Path | None, precision: str = "fp32", views: int = 0) -> Tensor:
