@@ -93,9 +93,8 @@ function draw() {
     if (px < -edge || py < -edge || px > canvas.width + edge || py > canvas.height + edge) continue;
     shown++;
     const style = styleOf(i);
-    if (!lit(i)) dimmed.push(i);
-    else if (styles.has(style)) styles.get(style).push(i);
-    else styles.set(style, [i]);
+    if (!styles.has(style)) styles.set(style, []);
+    (lit(i) ? styles.get(style) : dimmed).push(i);
   }
   pen.fillStyle = "#fff";
   pen.fillRect(0, 0, canvas.width, canvas.height);
@@ -105,12 +104,13 @@ function draw() {
     for (const [style, images] of drawn) for (const i of images) drawFramed(i, colourOf(style));
   } else {
     pen.globalAlpha = 0.85;
-    for (const [style, images] of drawn) drawPoints(images, colourOf(style), shapeOf(style), r);
+    const rounds = Math.ceil(shown / 1000), part = (images, k) => Math.floor(images.length * k / rounds);
+    for (let k = 0; k < rounds; k++) for (const [style, images] of drawn) // in turns, so that no class covers the others
+      drawPoints(images.slice(part(images, k), part(images, k + 1)), colourOf(style), shapeOf(style), r);
     pen.globalAlpha = 1;
   }
   if (selected >= 0) {
-    pen.strokeStyle = DARK;
-    pen.lineWidth = devicePixelRatio;
+    [pen.strokeStyle, pen.lineWidth] = [DARK, devicePixelRatio];
     pen.beginPath();
     for (const j of neighboursOf(selected)) { pen.moveTo(x(selected), y(selected)); pen.lineTo(x(j), y(j)); }
     pen.stroke();

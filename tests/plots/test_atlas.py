@@ -190,6 +190,18 @@ def test_a_click_lists_the_neighbours_and_a_neighbour_can_be_clicked(opened: Bro
     opened.wait("return selected < 0")
 
 
+def test_no_class_covers_the_others(chromium: Browser, tmp_path: Path) -> None:
+    """Images i and i + half lie on one point, and the later is on top, whatever its class."""
+    half = COUNT // 2
+    i = np.arange(COUNT)
+    points = np.stack([i % half % 30, i % half // 30], 1)
+    of_class = Groups("class", ["one", "two"], (i + i // half) % 2)
+    text = html(maps={"PCA": points}, colourings=[of_class])
+    opened = open_page(chromium, tmp_path, text)
+    one, other = (np.median([pixel(opened, i) for i in range(first, 60, 2)], axis=0) for first in (0, 1))
+    assert np.abs(one - other).max() > 50
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
