@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from simclr_ddp import pretrain
 from simclr_ddp.config.options import build
-from simclr_ddp.config.schema import LinearEval, Pretrain
+from simclr_ddp.config.schema import Pretrain
 from simclr_ddp.data import spirograph
 from simclr_ddp.data.batches import VIEWS, Batch
 from simclr_ddp.data.dataset import Dataset
@@ -157,12 +157,12 @@ def linear_figures(device: str, precision: str = "fp32") -> tuple[Tensor, float]
     """(weight and bias [D + 1, K], test top-1) of an untrained encoder's representations."""
     runtime = setup(device, precision, 1)
     spec = Spec("resnet18", 0.125, "stl", 32, [0.5] * 3, [0.25] * 3)
-    wanted = build(LinearEval, [("the test", {"run": "none", "strengths": [0.1, 1.0], "tolerance": 1e-9})])
+    protocol = linear.Protocol(strengths=[0.1, 1.0], tolerance=1e-9)
     train, test = numbered(400, "train"), numbered(300, "test")
     encoder = random_encoder(spec, 0)
     options: dict[str, Any] = {"batch_size": 128, "workers": 0, "loader": "torch", "title": "test"}
     x, x_test = (representations(encoder, part, spec, runtime, **options).to(device) for part in (train, test))
-    fitted = linear.fit(x, train, linear.held_out(wanted, train), wanted, "random")
+    fitted = linear.fit(x, [train], linear.held_out(protocol, train), protocol, "random")
     solution = torch.cat([fitted.solution.weight, fitted.solution.bias[None]]).cpu()
     return solution, linear.score(fitted, x_test, test)[0]["top1"]
 
