@@ -40,7 +40,7 @@ def embed(settings: Embed) -> int:
     from simclr_ddp.distributed import collectives
     from simclr_ddp.distributed.watchdog import watching
     from simclr_ddp.evaluation import features
-    from simclr_ddp.evaluation.subject import on_main, open_encoder, open_images, say_loader
+    from simclr_ddp.evaluation.subject import check_crop, on_main, open_encoder, open_images, say_loader
     from simclr_ddp.runs import evaluations
     from simclr_ddp.runs.encoder import load_head
     from simclr_ddp.training import lifecycle, preflight
@@ -53,6 +53,7 @@ def embed(settings: Embed) -> int:
     with lifecycle.joined(settings.device, settings.precision, settings.threads, settings.timeout) as runtime:
         loaded, _ = open_encoder(settings.run, settings.size, settings.crop)
         dataset, size = open_images(settings.data, settings.split, "data", loaded), loaded.spec.size
+        check_crop(settings.crop, dataset)
         averaged = features.averaging(settings.views, settings.seed, loaded.settings, loaded.spec)
         folder = Path(settings.output) if settings.output else loaded.folder
         heads: list[Head] = []

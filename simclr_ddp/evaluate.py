@@ -36,7 +36,8 @@ PROTOCOLS: dict[str, tuple[str, type]] = {
 }
 # Options that can't change a metric, or are compared by what they name.
 WITHOUT_EFFECT = {
-    *("run", "train", "test", "batch_size", "cache", "device", "threads", "loader", "workers", "output", "timeout")
+    *("run", "train", "test", "validation", "output", "cache"),
+    *("batch_size", "device", "threads", "loader", "workers", "timeout"),
 }
 
 COMPARED = {"top1", "mse"}  # metrics that are compared by results per image
@@ -73,7 +74,8 @@ def evaluate(settings: Evaluate, given: list[str]) -> int:
     notes = []
     for protocol in asked_protocols(settings.protocols):
         for encoder in [encoder for column in columns.values() for encoder in column]:
-            notes += run_missing(protocol, encoder, settings)
+            why = why_left_out(protocol, encoder, settings) if settings.protocols == "all" else ""
+            notes += [f"{encoder.path}: {why}"] if why else run_missing(protocol, encoder, settings)
     groups = []
     for name, column in columns.items():
         found, faults = zip(*(finished(encoder) for encoder in column), strict=True)
@@ -175,6 +177,29 @@ def asked_protocols(text: str) -> list[str]:
     return names
 
 
+def why_left_out(protocol: str, encoder: Encoder, settings: Evaluate) -> str:
+    """Why protocols=all leaves a protocol out, or ""."""
+    if protocol != "transformations":
+        return ""
+    checkpoint = encoder.folder / "checkpoints" / f"step-{encoder.step or 0:08d}.pt"
+    if encoder.path.suffix != ".pt" and not checkpoint.exists():
+        return "transformations are left out, since there is no checkpoint with the projection head"
+    own = own_images(encoder)
+    if "spirograph" in (settings.train or own.get("train"), settings.test or own.get("test")):
+        return "transformations are left out, since generated images are no photographs"
+    return ""
+
+
+def own_images(encoder: Encoder) -> dict[str, str]:
+    """Training and test images of the encoder's run, if they are known."""
+    from simclr_ddp.runs.directory import read_settings
+
+    if not (encoder.folder / "config.yaml").exists():
+        return {}
+    data = read_settings(encoder.folder).data
+    return {"train": data.train, "test": data.test}
+
+
 def run_missing(protocol: str, encoder: Encoder, settings: Evaluate) -> list[str]:
     """Run an evaluation unless it is finished; return a note if it failed, whose error has then been printed."""
     name, cls = PROTOCOLS[protocol]
@@ -208,21 +233,21 @@ def overrides_of(name: str, cls: type, settings: Evaluate) -> dict[str, Any]:
 
 def is_that(evaluation: "Evaluation", protocol: str, wanted: Any, encoder: Encoder) -> bool:
     """Whether a finished evaluation has the protocol, the settings and the images that are asked for."""
-    from simclr_ddp.runs.directory import read_settings
     from simclr_ddp.runs.evaluations import fingerprint
 
     record, values = evaluation.record, options.plain(wanted)
     per_image = evaluation.path.with_suffix(".npz").exists()  # missing: written by an earlier version
     if evaluation.name != protocol or not (per_image or COMPARED.isdisjoint(evaluation.trained)):
         return False
+    defaults = {key: field.default for key, field in options.options(PROTOCOLS[protocol][1]).items()}
     for key in values.keys() - WITHOUT_EFFECT:
-        if record["settings"].get(key, values[key]) != values[key]:
+        default = values[key] if isinstance(values[key], list) else defaults[key]  # lists were options from the start
+        if record["settings"].get(key, default) != values[key]:
             return False
-    own = {}
-    if (encoder.folder / "config.yaml").exists():
-        data = read_settings(encoder.folder).data
-        own = {"train": data.train, "test": data.test}
-    for split in ("train", "test"):
+    own = own_images(encoder)
+    if bool(values.get("validation")) != ("validation" in record):
+        return False
+    for split in ("train", "validation", "test"):
         source = values.get(split) or own.get(split, "")
         content = fingerprint(source)
         measured = record.get(split, {})

@@ -33,7 +33,7 @@ def label_free(settings: LabelFree) -> int:
     from simclr_ddp.evaluation.features import averaging, embed, representations
     from simclr_ddp.evaluation.label_free import measure
     from simclr_ddp.evaluation.labels import about
-    from simclr_ddp.evaluation.subject import on_main, open_encoder, open_images, say_loader, write_results
+    from simclr_ddp.evaluation.subject import check_crop, on_main, open_encoder, open_images, say_loader, write_results
     from simclr_ddp.runs import evaluations
     from simclr_ddp.runs.encoder import hash_of, random_encoder
     from simclr_ddp.runs.provenance import describe
@@ -49,11 +49,13 @@ def label_free(settings: LabelFree) -> int:
         loaded, own_size = open_encoder(settings.run, settings.size, settings.crop)
         split = "test" if settings.test or loaded.settings.get("data.test") else "train"
         dataset = open_images(settings.test, split, "test", loaded)
+        check_crop(settings.crop, dataset)
         averaged = averaging(settings.views, settings.seed, loaded.settings, loaded.spec)
         if settings.augmented == 1 or (settings.augmented and not loaded.settings):
             why = "two views are the fewest" if loaded.settings else "the augmentation of the run is not known"
             raise ValueError(f"augmented={settings.augmented}: {why}; set augmented=0 to leave LiDAR and alignment out")
-        of_view = [averaging(1, settings.seed + i, loaded.settings, loaded.spec) for i in range(settings.augmented)]
+        uncropped = loaded.spec._replace(crop=0.0)
+        of_view = [averaging(1, settings.seed + i, loaded.settings, uncropped) for i in range(settings.augmented)]
         some = monitored(settings.seed, dataset.count, settings.images)
         folder, size = Path(settings.output) if settings.output else loaded.folder, loaded.spec.size
         on_main(lambda: evaluations.trial_write(folder / evaluations.FOLDER))
@@ -76,7 +78,7 @@ def label_free(settings: LabelFree) -> int:
                     representations(
                         encoder,
                         dataset,
-                        loaded.spec,
+                        uncropped,
                         runtime,
                         index=some,
                         averaged=view,

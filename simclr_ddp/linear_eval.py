@@ -2,15 +2,15 @@
 
 Measures how well a linear model predicts labels from the frozen representation: multinomial logistic regression if
 labels are classes, ridge regression if they are numbers. Features are standardised. The strength of the penalty is
-chosen on held-out training images along a path of 45 values, from strong to weak; the model is then fitted to all
-training images, and the test images are used once. For comparison, an untrained encoder of the same architecture is
-evaluated too and, for numbers, the mean of the training labels. (Chen et al. 2020, appendix B.8; `convention` defines
-the meaning of a strength.)
+chosen on held-out training images, or on those of `validation`, along a path of 45 values, from strong to weak; the
+model is then fitted to all training images, and the test images are used once. For comparison, an untrained encoder of
+the same architecture is evaluated too and, for numbers, the mean of the training labels. (Chen et al. 2020, appendix
+B.8; `convention` defines the meaning of a strength.)
 
 Each image has one representation, of its evaluation view or the mean over views=M augmented views, by default in
 float32; the linear model is certified in float64. Under torchrun all ranks share the forward passes, with the same
-result, and the sums over training images of logistic regression, within its tolerance. Representations are kept in the
-run directory, where other evaluations read them again. The results are written to
+result, and the sums of logistic regression, with the same result up to `tolerance`. Representations are kept in the run
+directory, where other evaluations read them again. The results are written to
 evaluations/<checkpoint>-<data>-<protocol>.json in the run directory (output=... chooses another folder), or next to the
 given file: each checkpoint, data set and protocol has its own file, which names all three. An .npz file beside it keeps
 the prediction for each test image, by which `evaluate` compares two runs.
@@ -91,8 +91,8 @@ def linear_eval(settings: LinearEval) -> int:
             width, count = subject.loaded.encoder.width_out, len(protocol.path)
             on_main(lambda: memory_fault(width, train.class_count, count, runtime.device))
         say_loader(train, views=settings.views, size=size, **loading)
-        sets = (train, test) if subject.validation is None else (train, subject.validation, test)
-        preflight.evaluation(sets, size=size, **loading)
+        fitted = [train, subject.validation] if subject.validation else [train]
+        preflight.evaluation([*fitted, test], size=size, **loading)
 
         results: dict[str, dict[str, Any]] = {}
         arrays = {}
@@ -121,10 +121,10 @@ def linear_eval(settings: LinearEval) -> int:
         return 0
 
     if not train.has_classes:
-        results["predict_the_mean"] = predict_the_mean(train, test)
+        results["predict_the_mean"] = predict_the_mean(fitted, test)
     record = describe_subject(settings.run, subject) | {
         "settings": options.plain(settings),
-        "validation_images": int(held.sum()) if len(settings.strengths) != 1 else 0,
+        "validation_images": int(held.sum()) if len(settings.strengths) != 1 or subject.validation else 0,
         "objective": objective(settings.convention, train),
         "definitions": DEFINITIONS,
         "results": results,

@@ -288,8 +288,8 @@ def draw_maps(images: "Dataset", split: str, settings: Pretrain, options: Visual
     spectra = {"representation h": h}
     try:
         spectra["embedding z"] = project(h, load_head(loaded), runtime, BATCH)
-    except ValueError as error:
-        console.say(f"the spectrum shows no embeddings z: {error}")
+    except ValueError:
+        console.say("the spectrum shows no embeddings z: the run has no checkpoint of this encoder")
     draw_spectrum(spectra, options, subtitle, folder)
     draw_neighbours(images, index, h, flat[::-1], settings.data.size, options, subtitle, folder)
 

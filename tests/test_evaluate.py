@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from scipy import stats
 
 from simclr_ddp import evaluate
 from simclr_ddp.config import options
-from simclr_ddp.config.schema import LinearEval
+from simclr_ddp.config.schema import Evaluate, LinearEval
 from simclr_ddp.data.write import write_dataset
 from simclr_ddp.evaluation import report
 from simclr_ddp.runs import evaluations
@@ -281,6 +282,19 @@ def test_all_protocols_are_run_once_and_reported(tmp_path: Path, capfd: pytest.C
     assert again == content and capfd.readouterr().out.count("finished before") == 4
 
 
+def test_transformations_are_left_out_where_they_can_not_be_measured(tmp_path: Path) -> None:
+    run = encoder_run.make_run(tmp_path / "run", "images.beton", "images.beton")
+    drawn = encoder_run.make_run(tmp_path / "drawn", "spirograph", "spirograph")
+    alone = shutil.copytree(run, tmp_path / "alone", ignore=shutil.ignore_patterns("checkpoints"))
+    found = {}
+    for path in (run, run / encoder_run.CHECKPOINT, drawn, alone):
+        encoder = evaluate.identify(path)
+        found[path] = evaluate.why_left_out("transformations", encoder, Evaluate())
+        assert evaluate.why_left_out("knn", encoder, Evaluate()) == ""
+    assert found[run] == found[run / encoder_run.CHECKPOINT] == ""
+    assert "generated images" in found[drawn] and "no checkpoint" in found[alone]
+
+
 def test_an_evaluation_is_missing_if_settings_or_images_differ(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     path = classified(run, [0])
@@ -292,5 +306,11 @@ def test_an_evaluation_is_missing_if_settings_or_images_differ(tmp_path: Path) -
 
     assert finished() and finished(device="cpu", workers=0, batch_size=7) and finished(test=IMAGES["source"])
     assert not finished(convention="mean") and not finished(seed=1) and not finished(test="data/other.beton")
+    record = json.loads(path.read_text())
+    for key in ("crop", "metric", "validation"):  # options that earlier versions did not have
+        del record["settings"][key]
+    path.write_text(json.dumps(record))
+    assert finished() and not finished(crop=0.5) and not finished(metric="mean_per_class")
+    assert not finished(validation="data/other.beton")
     path.with_suffix(".npz").unlink()
     assert not finished(), "written by an earlier version, without results per image"

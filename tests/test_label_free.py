@@ -40,6 +40,16 @@ def only_record(run: Path) -> dict[str, Any]:
     return one.record
 
 
+def test_a_crop_is_for_evaluation_views_only(unlabelled: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", unlabelled)
+    results = []
+    for more in ((), ("crop=0.5", "size=16")):
+        measured(run, f"output={tmp_path / str(len(more))}", "random_encoder=false", *more)
+        results.append(only_record(tmp_path / str(len(more)))["results"]["trained"])
+    whole, centre = results
+    assert whole["rankme"] != centre["rankme"] and whole["alignment"] == centre["alignment"]
+
+
 def test_an_encoder_is_measured_without_labels(
     unlabelled: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

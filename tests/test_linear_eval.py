@@ -215,6 +215,12 @@ def test_validation_images_choose_the_strength_and_are_then_trained_on(run: Path
     assert found["top1"] == pytest.approx(correct, abs=0.034)  # one of the 30 images may lie at the boundary
 
 
+def test_validation_images_are_no_test_images(run: Path, files: dict[str, Path]) -> None:
+    more = (f"test={files['train']}", f"validation={files['one']}", "strengths=[1]", "random_encoder=false")
+    record = evaluate(run, *more)
+    assert record["test"]["images"] == 40 and record["validation_images"] == 20
+
+
 def gathered(run_dir: Path, file: Path, precision: str) -> Tensor:
     runtime = setup("cpu", precision, 1)
     loaded, dataset = load_encoder(run_dir), open_dataset(str(file), "train")
@@ -592,6 +598,14 @@ ERRORS = {
     ),
     "test for validation": (["{run}", "validation={test}"], "validation={test}: these are the test images"),
     "other validation": (["{run}", "validation={three}"], "validation={three}: train={train} has no class class2"),
+    "a fraction and validation": (
+        ["{run}", "validation={one}", "validation_fraction=0.3"],
+        "validation_fraction=0.3: has no effect, since validation={one} chooses the strength",
+    ),
+    "nothing to choose": (
+        ["{run}", "strengths=[1]", "metric=mean_per_class"],
+        "metric=mean_per_class: has no effect, since there is a single strength",
+    ),
     "cropped views": (["{run}", "views=2", "crop=1"], "crop=1 would have no effect; set one of them"),
     "cropped drawings": (
         ["{run}", "crop=1", "train=spirograph", "test=spirograph"],

@@ -383,8 +383,8 @@ class Evaluation(Forward):
     size: int = option(0, "height and width of an image in pixels; 0 is data.size of the run", low=0)
     crop: float = option(
         0,
-        "side of the centred square that the encoder sees, as a fraction of the short side of the image: 1 with "
-        "size=224 is the transfer protocol of Chen et al. 2020; 0 is 0.875, or the complete image up to size=32",
+        "side of the centred square that the encoder sees, as a fraction of the image's short side; 0 is 0.875, or the "
+        "complete image up to size=32; for evaluation views only, not for augmented ones",
         low=0,
         high=1,
     )
@@ -425,8 +425,8 @@ class LinearEval(LabelledEvaluation):
     )
     validation: str = option(
         "",
-        "images that choose the strength and are then training images too: a .beton file; empty holds out some of the "
-        "training images",
+        "images that choose the strength: a .beton file; the final model is fitted to them and the training images. "
+        "Empty chooses on a part of the training images",
         path=True,
     )
     validation_fraction: float = option(
@@ -464,7 +464,7 @@ class LabelFree(Evaluation):
 
 @dataclass
 class Transformations(Forward):
-    run: str = option(MISSING, "run directory or checkpoint (.pt), which hold the projection head", path=True)
+    run: str = option(MISSING, "run directory or checkpoint (.pt) of a run with a projection head", path=True)
     seed: int = option(
         0, "seed of the transformations, of the validation split and of the untrained encoder", low=0, high=2**63 - 1
     )
@@ -594,7 +594,7 @@ class Finetune:
     from_layer: int = option(
         0,
         "number of dense layers of the projection head, with batch norm and ReLU, between encoder and classifier; "
-        "above 0 the run must be given by a checkpoint, which holds the head",
+        "above 0 the run needs the checkpoint of its encoder, which holds the head",
         low=0,
     )
     frozen: bool = option(False, "train only the linear classifier: the encoder and its batch norm stay as they are")
@@ -643,7 +643,8 @@ class Finetune:
 class Evaluate:
     protocols: str = option(
         "",
-        "protocols to run where they are missing, separated by commas: linear, knn and label_free, or all for these; "
+        "protocols to run where they are missing, separated by commas: linear, knn, label_free and transformations, or "
+        "all for these; "
         "empty runs none",
     )
     train: str = option("", "training images of the evaluations to run; empty is data.train of each run", path=True)

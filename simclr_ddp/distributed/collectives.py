@@ -66,18 +66,19 @@ def barrier() -> None:
 def while_main_works() -> Iterator[Callable[[], None]]:
     """Let all ranks wait until rank 0 leaves the block, which may take days, unlike other collectives.
 
-    The block receives a barrier that waits as long. It uses a group of gloo, which waits without using a processor and,
-    unlike NCCL, without a watchdog.
+    The block receives a barrier that waits as long; other collectives in it are watched as usual. The barrier uses a
+    group of gloo, which waits without using a processor and, unlike NCCL, without a watchdog.
     """
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world_size() > 1 else None
 
     def wait() -> None:
+        place["patient"] = True
         if isinstance(patient, dist.ProcessGroup):
             dist.barrier(patient)
+        place["patient"] = False
 
-    place["patient"] = True
+    place["patient"] = patient is None  # a single rank works while nobody waits
     yield wait
-    place["patient"] = False
     wait()
     if isinstance(patient, dist.ProcessGroup):
         dist.destroy_process_group(patient)

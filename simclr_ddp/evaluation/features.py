@@ -71,7 +71,7 @@ def key_of(weights: str, dataset: Dataset, spec: Spec, runtime: Runtime, average
     return {
         "weights": weights,
         "images": dataset.fingerprint,
-        "encoder": spec._asdict(),
+        "encoder": {name: value for name, value in spec._asdict().items() if name != "crop" or value},
         "averaged": None if averaged is None else averaged._asdict(),
         "precision": runtime.precision,
         "by_rows": dataset.by_rows,
@@ -186,9 +186,7 @@ def representations(
 
 def _boxes(dataset: Dataset, index: np.ndarray, averaged: Averaging | None, spec: Spec) -> np.ndarray | None:
     """Boxes [n, V, 4] of the views, unless they are those of `evaluation_batches`."""
-    if spec.crop and not dataset.decoded:
-        raise ValueError(f"crop={spec.crop:g}: {dataset.source} is rendered at the size of a view; leave crop out")
-    if spec.crop:
+    if spec.crop and averaged is None and dataset.decoded:
         sizes = dataset.file.sizes[index].tolist()
         return np.array([[evaluation_box(h, w, spec.size, spec.crop)] for h, w in sizes], np.int32).reshape(-1, 1, 4)
     if averaged is None or not dataset.decoded:

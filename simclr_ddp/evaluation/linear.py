@@ -40,7 +40,15 @@ def held_out(protocol: Protocol, train: Dataset, validation: Dataset | None = No
             f"strengths={list(protocol.strengths)}: with convention=C a strength of 0 is an unbounded penalty; C is "
             "the weight of the images and must be above 0"
         )
+    if protocol.metric != "top1" and not (train.has_classes and len(protocol.path) > 1):
+        why = "there is a single strength" if train.has_classes else f"the labels of train={train.source} are numbers"
+        raise ValueError(f"metric={protocol.metric}: has no effect, since {why}; leave it out")
     if validation is not None:
+        if protocol.validation_fraction != Protocol().validation_fraction:
+            raise ValueError(
+                f"validation_fraction={protocol.validation_fraction:g}: has no effect, since "
+                f"validation={validation.source} chooses the strength; leave one of them out"
+            )
         return np.repeat([False, True], [train.count, validation.count])
     held = holdout(protocol.seed, train.count, protocol.validation_fraction)
     if len(protocol.strengths) != 1 and not 0 < held.sum() < train.count:
@@ -203,8 +211,9 @@ def regression_metrics(prediction: Tensor, labels: Tensor, dataset: Dataset) -> 
     }
 
 
-def predict_the_mean(train: Dataset, test: Dataset) -> dict[str, Any]:
-    """Metrics of the baseline that predicts the mean of the training labels."""
+def predict_the_mean(sets: list[Dataset], test: Dataset) -> dict[str, Any]:
+    """Metrics of the baseline that predicts the mean of the labels of the training sets."""
     device = torch.device("cpu")
     labels = labels_of(test, device)
-    return regression_metrics(labels_of(train, device).mean(0).expand_as(labels), labels, test)
+    mean = torch.cat([labels_of(dataset, device) for dataset in sets]).mean(0)
+    return regression_metrics(mean.expand_as(labels), labels, test)

@@ -86,7 +86,7 @@ def memory_fault(features: int, classes: int, strengths: int, device: torch.devi
         return ""
     return (
         f"strengths: {strengths} of them with {features} features and {classes} classes need {needed / 2**30:.1f} "
-        f"GiB, and {free / 2**30:.1f} GiB are free; fit fewer strengths at once"
+        f"GiB, and {free / 2**30:.1f} GiB are free; give fewer strengths"
     )
 
 

@@ -3,7 +3,7 @@
 Rank 0 sends the features once, of which every rank keeps its part. For a pass it sends the models, and all ranks sum
 over their parts: two transfers of the size of the gradient. Only rank 0 takes decisions, so ranks of different machines
 can't disagree. W ranks add the same terms in another order than one, so solutions are equal within the tolerance, not
-bit for bit.
+bit for bit. Rank 0 keeps all features, so ranks of one machine hold them twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -78,9 +78,8 @@ def helping(device: torch.device) -> Iterator[Helpers | None]:
 
 def _help(wait: Callable[[], None], device: torch.device) -> None:
     """Do what rank 0 asks for, until it gives nothing more."""
-    n = classes = seen = 0
-    x: list[Tensor] = []
-    labels: list[Tensor] = []
+    n = features = classes = seen = filled = 0
+    x = labels = torch.empty(0)
     selected: CrossEntropy | None = None
     while True:
         wait()
@@ -88,15 +87,19 @@ def _help(wait: Callable[[], None], device: torch.device) -> None:
         if not given:
             return
         if "sizes" in given:
-            n, _, classes = given["sizes"].tolist()
-            x, labels, seen = [], [], 0
+            n, features, classes = given["sizes"].tolist()
+            seen = filled = 0
         elif "x" in given:  # the next samples, of which some may belong to this rank
             mine = _part(torch.arange(seen, seen + len(given["x"])), n) - seen
-            x, labels = [*x, given["x"][mine].to(device)], [*labels, given["labels"][mine].to(device)]
-            seen += len(given["x"])
+            if not seen:
+                size = len(_part(torch.arange(n), n))
+                x = torch.empty(size, features, dtype=given["x"].dtype, device=device)
+                labels = torch.empty(size, dtype=torch.int64, device=device)
+            place = slice(filled, filled + len(mine))
+            x[place], labels[place] = given["x"][mine], given["labels"][mine]
+            seen, filled = seen + len(given["x"]), filled + len(mine)
         elif "rows" in given:
-            x, labels = [torch.cat(x)], [torch.cat(labels)]
-            selected = CrossEntropy(x[0], labels[0], _local(given["rows"], n).to(device), classes)
+            selected = CrossEntropy(x, labels, _local(given["rows"], n).to(device), classes)
         elif "models" in given and selected:
             _sums(selected, given["models"].to(device))
         elif selected:

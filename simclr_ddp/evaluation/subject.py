@@ -82,6 +82,7 @@ def open_subject(
         test = train or loaded.settings.get("data.train", "")
     train_set, test_set, split = open_labelled({"train": train, "test": test}, loaded)
     chosen_by = open_validation(validation, train_set, test_set, loaded) if validation else None
+    check_crop(crop, train_set, test_set)
     averaged = averaging(views, seed, loaded.settings, loaded.spec)
     folder = Path(output) if output else loaded.folder
     on_main(lambda: evaluations.trial_write(folder / evaluations.FOLDER))
@@ -89,6 +90,13 @@ def open_subject(
     images = " + ".join(f"{found.count:,}" for found in (train_set, chosen_by, test_set) if found) + " images"
     console.say(f"{loaded.file}{at}: {loaded.spec.arch} x {loaded.spec.width:g}, {images}")
     return Subject(loaded, own_size, train_set, test_set, chosen_by, split, averaged, folder, folder if cache else None)
+
+
+def check_crop(crop: float, *datasets: Dataset) -> None:
+    """Raise ValueError if images that have no short side were to be cropped."""
+    for dataset in datasets:
+        if crop and not dataset.decoded:
+            raise ValueError(f"crop={crop:g}: {dataset.source} is rendered at the size of a view; leave crop out")
 
 
 def on_main(check: Callable[[], str]) -> None:
@@ -140,7 +148,10 @@ def encoders(
         if subject.validation:
             x_held = of_images(encoder, weights, subject.validation, title=f"{name} encoder, validation")
             x_train = torch.cat([x_train, x_held])
-        x_test = x_train.clone() if same else of_images(encoder, weights, subject.test, title=f"{name} encoder, test")
+        if same:
+            x_test = x_train[: subject.train.count].clone()
+        else:
+            x_test = of_images(encoder, weights, subject.test, title=f"{name} encoder, test")
         yield name, x_train, x_test, round(time.perf_counter() - begin, 3)
         del x_train, x_test
 

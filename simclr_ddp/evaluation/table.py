@@ -16,6 +16,8 @@ def objective(convention: str, train: Dataset) -> str:
 
 def headline(name: str, metrics: dict[str, Any]) -> str:
     """One line with the main metric of an encoder, printed as soon as it is known."""
+    if metrics.get("validation_mean_per_class") is not None:
+        return f"{name} encoder: test mean per class {metrics['mean_per_class']:.2%}"
     if "top1" in metrics:
         return f"{name} encoder: test top-1 {metrics['top1']:.2%}"
     return f"{name} encoder: test MSE {metrics['mse']:.5f}"

@@ -146,11 +146,18 @@ def load_head(loaded: Loaded) -> Head:
     """
     file = loaded.file
     if file.suffix == ".safetensors":
-        found = checkpoint.all_steps(loaded.folder / "checkpoints")
-        such = f", such as {found[-1]}" if found else ""
         file = loaded.folder / "checkpoints" / f"step-{loaded.step or 0:08d}.pt"
-        if not (file.exists() and hash_of(_checkpoint(file).weights) == loaded.hash):
-            raise ValueError(f"{loaded.file} holds no projection head; give a checkpoint of the run{such}")
+        found = [path for path in checkpoint.all_steps(file.parent) if path != file]
+        such = f", such as {found[-1]}" if found else ""
+        way_out = f"{loaded.file} holds no projection head; give a checkpoint of the run{such}"
+        if not file.exists():
+            raise ValueError(way_out)
+        try:
+            same = hash_of(_checkpoint(file).weights) == loaded.hash
+        except ValueError:  # of another command, or damaged
+            same = False
+        if not same:
+            raise ValueError(f"{way_out} ({file} holds another encoder)")
     saved = checkpoint.load(file)
     settings, prefix = options.dotted(saved["config"]), "projection_head."
     head = untrained_head(settings, loaded.encoder.width_out, seed=0)

@@ -99,6 +99,9 @@ def protocol(record: dict[str, Any]) -> dict[str, Any]:
         found["size"] = 0  # that of the run
     if settings.get("metric", "top1") != "top1":
         found["metric"] = settings["metric"]
+    if "validation" in record:  # its content is part of the data
+        found["validation"] = Path(record["validation"]["source"]).name
+        del found["validation_fraction"]
     return found | {key: settings[key] for key in ("views", "crop") if settings.get(key)}
 
 

@@ -153,7 +153,7 @@ def test_errors_are_one_line(change: dict[str, Any], message: str) -> None:
 def test_more_strengths_than_fit_in_memory_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = samples()
     monkeypatch.setattr(logistic_path, "available_bytes", lambda: 10_000)
-    with pytest.raises(ValueError, match=r"strengths: 90 of them with 6 features and 4 classes need .* fit fewer"):
+    with pytest.raises(ValueError, match=r"strengths: 90 of them with 6 features and 4 classes need .* give fewer"):
         fit_logistic_path(x, y, [10.0**-i for i in range(90)])
     monkeypatch.setattr(logistic_path, "available_bytes", lambda: None)
     fit_logistic_path(x, y, [1.0])

@@ -36,6 +36,14 @@ def test_settings_of_a_protocol_tell_evaluations_apart(tmp_path: Path, record: d
     paths = {evaluations.write(tmp_path, record | {"protocol": {"name": "knn"} | p}) for p in protocols}
     assert len(paths) == 4 and all("-knn." in path.name for path in paths)
     assert evaluations.protocol({"protocol": {"name": "knn", "k": 20}}) == {"k": 20}
+    chosen = record | {"validation": record["test"] | {"source": "data/val.beton"}}
+    assert evaluations.protocol(chosen)["validation"] == "val.beton"
+    assert "validation_fraction" in evaluations.protocol(record) and "validation_fraction" not in evaluations.protocol(
+        chosen
+    )
+    assert evaluations.data_name(chosen) != evaluations.data_name(record)
+    by_mean = record | {"settings": record["settings"] | {"metric": "mean_per_class", "crop": 1.0}}
+    assert evaluations.protocol(by_mean) == evaluations.protocol(record) | {"metric": "mean_per_class", "crop": 1.0}
 
 
 def test_an_evaluation_without_training_images_has_a_name(tmp_path: Path, record: dict[str, Any]) -> None:
