@@ -28,14 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from benchmarks.support.timing import take_flags
 from simclr_ddp.config import command, options
 from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.distributed.runtime import Runtime
 from simclr_ddp.plots.png import WIDTH, save
 from simclr_ddp.runs.evaluations import read_all
 from simclr_ddp.runs.metrics import read_metrics
+from simclr_ddp.runs.provenance import describe
 from simclr_ddp.system import console, files
 
 FLAGS = {"--jobs": "2", "--minutes": "0", "--runs": "runs/label_free", "--out": "benchmarks/results/label_free"}
@@ -203,6 +206,7 @@ def write(values: dict[str, dict[str, float]], faults: dict[str, str], words: li
     results = {
         "command": line,
         "date": time.strftime("%Y-%m-%d %H:%M"),
+        "machine": describe(Runtime(torch.device("cpu"), "fp32", 1)),
         "shared": SHARED,
         "runs": {name: {"options": RUNS[name]} | values[name] for name in values},
         "failed": faults,
@@ -220,7 +224,9 @@ def write(values: dict[str, dict[str, float]], faults: dict[str, str], words: li
 def report(
     found: dict[str, dict[str, list[float]]], values: dict[str, dict[str, float]], faults: dict[str, str], line: str
 ) -> str:
-    text = ["# How well metrics without labels order runs", "", f"    {line}", ""]
+    machine = describe(Runtime(torch.device("cpu"), "fp32", 1))
+    versions = f"{machine['cores']} cores of {machine['processor']}, torch {machine['packages']['torch']}"
+    text = ["# How well metrics without labels order runs", "", f"    {line}", "", f"{versions}.", ""]
     text += [
         f"{len(values)} runs, linear accuracy on the test images. In brackets: 95 % of {RESAMPLES:,} bootstrap samples"
     ]
