@@ -20,6 +20,8 @@ SIDE_BY_SIDE = $(PYTEST) --numprocesses=$(WORKERS) --dist=worksteal
 test: venv
 	$(SIDE_BY_SIDE) -m "not slow and not slurm"
 
+# Three at once, since they wait for processes and signals half of the time.
+test-slow: WORKERS = 3
 test-slow: venv
 	$(SIDE_BY_SIDE) -m "slow and not slurm"
 
