@@ -12,7 +12,7 @@ zero weights; the largest norm is computed afterwards in float64, and printed. S
 the gradient are given three times the tolerance divided by the root of the number of weights.
 
     ours          simclr_ddp.fit_logistic_path
-    ours before   one strength at a time in float64, read from commit 020affe by git
+    ours before   one strength at a time in float64, read from commit 81c13e1 by git
     scikit-learn  LogisticRegression, lbfgs, warm_start; `intelex` is scikit-learn-intelex, where it is installed
     torch         torch.optim.LBFGS in float64, strong Wolfe search
 
@@ -55,7 +55,7 @@ from simclr_ddp.system.console import say, shown
 
 FLAGS = {"--problems": "50000x512x10x45,50000x2048x100x9", "--only": "", "--run": "", "--data": "", "--rounds": "3"}
 FLAGS |= {"--tolerance": "1e-6", "--threads": "2", "--out": "benchmarks/results/linear_eval/cpu.json"}
-BEFORE = "020affe:simclr_ddp/evaluation/logistic.py"
+BEFORE = "81c13e1:simclr_ddp/logistic.py"
 VIEWS = 4
 H200 = {"float32 products per s": 67e12, "float64 products per s": 67e12, "bytes per s": 4.8e12}  # the maker's rates
 REACHED = 0.6  # share of those rates that products of this shape are assumed to reach
@@ -256,14 +256,15 @@ def ours(x: np.ndarray, y: np.ndarray, strengths: list[float], tolerance: float)
 
 
 def earlier() -> Solver | None:
-    """Our solver of commit 020affe, or None without its history."""
+    """Our solver of commit 81c13e1, or None without its history."""
     done = subprocess.run(["git", "show", BEFORE], capture_output=True, text=True)
     if done.returncode:
         say(f"left out: ours before, since git does not show {BEFORE}")
         return None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "logistic_before.py"
-        file.write_text(done.stdout)
+        text = done.stdout.replace("from simclr_ddp import scores", "from simclr_ddp.evaluation import scores")
+        file.write_text(text)
         spec = importlib.util.spec_from_file_location(file.stem, file)
         assert spec is not None and spec.loader is not None
         module: Any = importlib.util.module_from_spec(spec)
