@@ -82,7 +82,7 @@ class Run:
                 return True
             time.sleep(0.005)
         if self.running():
-            raise AssertionError(f"no step {step} within {limit:.0f} s: it hangs\n{self.told()}")
+            raise AssertionError(f"no step {step} within {limit:.0f} s: it hangs\n{self.said()}")
         return self.step() >= step
 
     def wait_for_end(self, limit: float = 240) -> int:
@@ -91,16 +91,16 @@ class Run:
         end = time.monotonic() + limit
         while processes.group(self.process) or self.running():
             if time.monotonic() > end:
-                raise AssertionError(f"it did not end within {limit:.0f} s\n{self.told()}")
+                raise AssertionError(f"it did not end within {limit:.0f} s\n{self.said()}")
             time.sleep(0.05)
-        told = self.told()
-        frames = [line for line in told.splitlines() if line.startswith(f'  File "{processes.ROOT}/simclr_ddp/')]
-        assert not frames, f"a traceback, not a line:\n{told}"
-        self.output += told
+        said = self.said()
+        frames = [line for line in said.splitlines() if line.startswith(f'  File "{processes.ROOT}/simclr_ddp/')]
+        assert not frames, f"a traceback, not a line:\n{said}"
+        self.output += said
         self.seen = max(self.seen, self.step())
         return self.process.returncode
 
-    def told(self) -> str:
+    def said(self) -> str:
         self.log.seek(0)
         return self.log.read()
 
@@ -263,7 +263,7 @@ def disturb(run: Run, faults: int, steps: int) -> dict[str, object]:
         room = max(1, (steps - reached) // (faults - sum(done.values())))
         wanted = run.step() + run.chance.randint(1, max(1, min(2 * EVERY, room)))
         if not run.wait_for_step(min(wanted, steps - 1)):
-            raise AssertionError(f"it ended by itself before {fault.__name__}:\n{run.told()}")
+            raise AssertionError(f"it ended by itself before {fault.__name__}:\n{run.said()}")
         begin = time.monotonic()
         ends = fault(run)
         kind = fault.__name__.replace("_", " ")
@@ -286,7 +286,7 @@ def disturb(run: Run, faults: int, steps: int) -> dict[str, object]:
             assert recomputed[kind][-1] <= allowed, f"{recomputed[kind][-1]} steps computed twice after {kind}"
         disk_was_full = False
     if run.wait_for_end(600) != 0:
-        raise AssertionError(f"it did not finish:\n{run.told()}")
+        raise AssertionError(f"it did not finish:\n{run.said()}")
     return {
         "faults": sum(done.values()),
         "of each kind": dict(sorted(done.items())),
@@ -307,14 +307,14 @@ def wait_for_resume(run: Run, limit: float = 240) -> int:
     """Return the step that a start resumes from; 0 if it found no checkpoint."""
     end = time.monotonic() + limit
     while run.running() and time.monotonic() < end:
-        told = run.told()
-        found = re.search(r"resuming from \S+step-(\d+)\.pt", told)
+        said = run.said()
+        found = re.search(r"resuming from \S+step-(\d+)\.pt", said)
         if found:
             return int(found.group(1))
-        if "weights: random" in told:
+        if "weights: random" in said:
             return 0
         time.sleep(0.02)
-    raise AssertionError(f"it did not start again:\n{run.told()}")
+    raise AssertionError(f"it did not start again:\n{run.said()}")
 
 
 def compare(run_dir: Path, unbroken: Path, steps: int) -> dict[str, object]:
@@ -331,8 +331,8 @@ def compare(run_dir: Path, unbroken: Path, steps: int) -> dict[str, object]:
     found = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert found == list(range(1, steps + 1)), f"metric lines are missing or doubled: {found}"
     missing, doubled = len(set(range(1, steps + 1)) - set(found)), len(found) - len(set(found))
-    told = {"metric lines missing": missing, "metric lines doubled": doubled}
-    return told | {"parameters moved by": f"{moved:.1%}", "tensors that differ": 0}
+    said = {"metric lines missing": missing, "metric lines doubled": doubled}
+    return said | {"parameters moved by": f"{moved:.1%}", "tensors that differ": 0}
 
 
 def make_images(folder: Path) -> Path:

@@ -70,7 +70,7 @@ def test_a_damaged_file(images: Path, tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("more", "level", "told"),
+    ("more", "level", "said"),
     [
         ("doctor.ranks=3", "error", "optim.global_batch_size=16: it does not divide among 3 processes"),
         ("optim.base_learning_rate=0.0001", "warning", "LARS at a learning rate of 0.0001"),
@@ -87,13 +87,13 @@ def test_a_damaged_file(images: Path, tmp_path: Path, capfd: pytest.CaptureFixtu
     ],
 )
 def test_troubles(
-    more: str, level: str, told: str, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    more: str, level: str, said: str, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if "{three}" in more:
         write_dataset(str(write_images(tmp_path / "three", 6, classes=3)), tmp_path / "three.beton")
     more = more.format(three=tmp_path / "three.beton", images=images)
     status, found = findings([*settings(images, tmp_path / "run", "doctor.steps=0"), *more.split(",")], capfd)
-    assert any(told in text for found_level, text in found if found_level == level), found
+    assert any(said in text for found_level, text in found if found_level == level), found
     assert status == (1 if level == "error" else 0)
 
 
@@ -134,14 +134,14 @@ def test_shared_memory_of_one_process(
     monkeypatch.setattr(preflight, "usable_workers", lambda wanted, ranks: wanted)
     arguments = (f"data.train={images}", "device=cpu", "data.workers=2")
 
-    def told(free: int, *more: str) -> list[str]:
+    def said(free: int, *more: str) -> list[str]:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free, 0, free))
         return [f.text for f in preflight.machine(built(*arguments, *more), ranks=1) if f.level == "warning"]
 
-    (line,) = told(7 << 20, "data.loader=torch")
+    (line,) = said(7 << 20, "data.loader=torch")
     assert "/dev/shm has 7 MB free" in line and "take 8 MB" in line and "--shm-size" in line
-    assert told(8 << 20, "data.loader=torch") == [] == told(7 << 20, "data.loader=torch", "data.workers=0")
-    assert told(7 << 20, "data.loader=ffcv") == [], "its threads share nothing through it"
+    assert said(8 << 20, "data.loader=torch") == [] == said(7 << 20, "data.loader=torch", "data.workers=0")
+    assert said(7 << 20, "data.loader=ffcv") == [], "its threads share nothing through it"
 
     capfd.readouterr()
     for free, amiss in ((1 << 20, 1), (8 << 20, 0)):  # five batches of 40 single views of 64 pixels are 2.3 MB

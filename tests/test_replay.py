@@ -27,9 +27,9 @@ def only_dump(run_dir: Path) -> Path:
 
 def test_the_state_is_that_before_the_step(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert failing_run(images, tmp_path / "run") == 2
-    told = capfd.readouterr().err
+    said = capfd.readouterr().err
     path = only_dump(tmp_path / "run")
-    assert f"python -m simclr_ddp.replay {path}" in told and "diverges" in told
+    assert f"python -m simclr_ddp.replay {path}" in said and "diverges" in said
     saved = torch.load(path, weights_only=True)
     last = checkpoint.all_steps(tmp_path / "run" / "checkpoints")[-1]
     before = checkpoint.load(last)

@@ -39,8 +39,8 @@ def test_a_pickle_in_a_checkpoint_a_dump_or_weights_is_not_executed(
     assert replay.main([str(run_dir / "dumps" / "step-00000004.pt")]) == 2
     assert pretrain.main(settings(images, run_dir)) == 2
     assert pretrain.main(settings(images, tmp_path / "other", f"model.init={tmp_path / 'evil.pt'}")) == 2
-    told = capsys.readouterr().err
-    assert told.count("Weights only load failed") == 3 and not proof.exists(), told
+    said = capsys.readouterr().err
+    assert said.count("Weights only load failed") == 3 and not proof.exists(), said
 
 
 def test_yaml_makes_plain_values_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,7 @@ def with_ranks(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "alone", "told"),
+    ("how", "alone", "said"),
     [
         (-signal.SIGKILL, True, "rank 0 of 1 was ended by SIGKILL"),
         pytest.param(-signal.SIGKILL, False, "rank 1 of 2 was ended by SIGKILL", marks=pytest.mark.slow),
@@ -79,13 +79,13 @@ def with_ranks(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_process_that_dies_ends_the_command(
-    how: int, alone: bool, told: str, capfd: pytest.CaptureFixture[str]
+    how: int, alone: bool, said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["verify.loss=tests.test_verify:Dying", f"verify.arguments=[how={how},alone={str(alone).lower()}]"]
     assert verify.main([*arguments, "verify.ranks=[2]", "verify.images=8"]) == 2
     lines = capfd.readouterr().err.splitlines()
     (line,) = (line for line in lines if line.startswith("error:"))
-    assert told in line and "fewer verify.ranks" in line
+    assert said in line and "fewer verify.ranks" in line
     (died,) = (float(line.split()[2]) for line in lines if line.startswith("died at"))
     assert time.time() - died < 120, "and not when the other rank gives up, after minutes"
 
@@ -139,7 +139,7 @@ def test_losses_of_others_are_judged(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "said"),
     [
         (["verify.ranks=[3]"], "verify.images=16: it must be a multiple of each of verify.ranks=[3]"),
         (["verify.loss=nowhere:Loss"], "verify.loss=nowhere:Loss: it can't be imported"),
@@ -148,7 +148,7 @@ def test_losses_of_others_are_judged(
         (["data.train=missing.beton"], "missing.beton"),
     ],
 )
-def test_mistakes(arguments: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(arguments: list[str], said: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert verify.main(arguments) == 2
     (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("error:"))
-    assert told in line
+    assert said in line

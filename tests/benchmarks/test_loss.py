@@ -100,8 +100,8 @@ def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
             assert row["share_of_copies"] == pytest.approx(row["bytes"] / row["seconds"][1] / 2e9)
     assert torch.__version__.startswith(results["machine"]["packages"]["torch"]) and results["machine"]["processor"]
     assert (tmp_path / "cpu.png").stat().st_size > 10_000
-    told = capsys.readouterr().out
-    assert "left out: it needs" in told and told.count(" of 256") == 2
+    said = capsys.readouterr().out
+    assert "left out: it needs" in said and said.count(" of 256") == 2
 
 
 def test_the_nearer_bound() -> None:
@@ -126,8 +126,8 @@ def test_another_loss_is_caught(
     right = loss_tools.plain
     monkeypatch.setattr(loss_tools, "plain", lambda y_a, y_b: right(y_a, y_b.roll(1, 0)))  # other pairs
     assert benchmark(tmp_path, "--images", "16", "--ranks", "0", "--only", "ours cosine,plain") == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: the loss of plain is ") and told.count("\n") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: the loss of plain is ") and said.count("\n") == 1
     monkeypatch.setattr(loss_tools, "plain", lambda y_a, y_b: right(y_a, y_b) + 0.1 * (y_a - y_a.detach()).sum())
     assert benchmark(tmp_path, "--images", "16", "--ranks", "0", "--only", "ours cosine,plain") == 2
 
@@ -291,8 +291,8 @@ def another_on_ranks(wrong: str) -> str:
 
 @pytest.mark.parametrize("wrong", ["negatives", "gradient"])
 def test_another_loss_is_caught_on_ranks(wrong: str, ranks: Ranks) -> None:
-    told = ranks.run(2, another_on_ranks, wrong)
-    assert told[0].startswith("ValueError the loss of ours cosine is ") and told[1] == "SystemExit 2"
+    said = ranks.run(2, another_on_ranks, wrong)
+    assert said[0].startswith("ValueError the loss of ours cosine is ") and said[1] == "SystemExit 2"
 
 
 @pytest.mark.slow

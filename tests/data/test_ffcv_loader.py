@@ -303,8 +303,8 @@ def test_workers_are_this_ranks_share_of_the_cores(
     monkeypatch.setattr(preflight, "cores", lambda: 2)
     assert pretrain.main(settings_of(images, tmp_path / "run", "data.workers=16", "optim.steps=5")) == 0
     assert asked == [2, 2], "training, and the probe's validation"
-    told = capsys.readouterr().err
-    assert "warning: data.workers=16: 1 process may use 2 cores, so 2 workers per process are started" in told
+    said = capsys.readouterr().err
+    assert "warning: data.workers=16: 1 process may use 2 cores, so 2 workers per process are started" in said
 
 
 def test_pointers_in_any_order_are_found(images: Path, tmp_path: Path) -> None:

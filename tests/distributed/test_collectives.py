@@ -564,8 +564,8 @@ def ended_by_the_check(disturbed: int) -> str:
 
 def test_ranks_whose_parameters_differ_end_the_run(ranks: Ranks) -> None:
     assert ranks.run(2, ended_by_the_check, -1) == ["alike", "alike"]
-    told, other = ranks.run(2, ended_by_the_check, 1)
-    assert told.startswith(
+    said, other = ranks.run(2, ended_by_the_check, 1)
+    assert said.startswith(
         "after step 7 the ranks hold different values of encoder.conv1.weight, one of 1 such tensors"
     )
-    assert "the same command resumes from the last checkpoint" in told and other == "exit 2"
+    assert "the same command resumes from the last checkpoint" in said and other == "exit 2"

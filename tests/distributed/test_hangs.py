@@ -24,10 +24,10 @@ def test_a_rank_that_dies_or_hangs_is_named(number: int, images: Path, tmp_path:
     processes.wait_for_step(tmp_path / "run", 20, process)
     victim = processes.rank_processes(process)[1]
     os.kill(victim, number)
-    status, told = processes.finish(process)
+    status, said = processes.finish(process)
     assert status != 0
-    lines = [line for line in told.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and re.search(r"rank 1 has been silent for \d+ s; last seen at step \d+", lines[0]), told
+    lines = [line for line in said.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and re.search(r"rank 1 has been silent for \d+ s; last seen at step \d+", lines[0]), said
     assert processes.group(process) == []
 
 
@@ -50,14 +50,14 @@ rendezvous.dist.destroy_process_group = lambda *_: time.sleep(1000)"""
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("error", "wanted", "told"),
+    ("error", "wanted", "said"),
     [
         ("ValueError('a picture is broken')", 2, "error: rank 1: a picture is broken (--debug shows where)"),
         ("RuntimeError('a bug')", 1, "RuntimeError: a bug"),
     ],
 )
 def test_a_rank_that_fails_alone_reports_why_and_ends(
-    error: str, wanted: int, told: str, images: Path, tmp_path: Path
+    error: str, wanted: int, said: str, images: Path, tmp_path: Path
 ) -> None:
     """Whatever destroying the process group waits for."""
     fast = ("timeout=120", "data.loader=torch", "data.workers=0", "probe.enabled=false")
@@ -70,7 +70,7 @@ def test_a_rank_that_fails_alone_reports_why_and_ends(
     finally:
         first.kill()
         second.kill()
-    assert second.returncode == wanted and stderr.splitlines()[-1] == told, stderr
+    assert second.returncode == wanted and stderr.splitlines()[-1] == said, stderr
     assert ("Traceback" in stderr) == ("bug" in error)
     assert first.returncode == 2 and "error: another rank has gone" in others, others
 
@@ -99,7 +99,7 @@ print(cli.run(command, WriteDataset, "SOURCE OUT", "", sys.argv[1:]))
 
 
 @pytest.mark.parametrize(
-    ("error", "wanted", "told"),
+    ("error", "wanted", "said"),
     [
         ("OSError('the disk is full')", 2, "error: the disk is full (--debug shows where)"),
         ("KeyError('a bug')", 1, "KeyError: 'a bug'"),
@@ -108,13 +108,13 @@ print(cli.run(command, WriteDataset, "SOURCE OUT", "", sys.argv[1:]))
     ],
 )
 def test_the_end_after_an_error_waits_for_a_checkpoint_and_nothing_else(
-    error: str, wanted: int, told: str, tmp_path: Path
+    error: str, wanted: int, said: str, tmp_path: Path
 ) -> None:
     """Neither for the process group, in which another rank may have failed, nor for any other thread."""
     code = FAILS_ALONE.replace("ERROR", error)
     command = [sys.executable, "-c", code, str(tmp_path / "store"), str(tmp_path / "saved")]
     status, output = processes.finish(processes.start_command(command))
-    assert status == wanted and (output.splitlines() or [""])[-1] == told, output
+    assert status == wanted and (output.splitlines() or [""])[-1] == said, output
     assert (tmp_path / "saved").exists()
 
 
@@ -127,12 +127,12 @@ def test_a_decoding_process_dies_or_hangs(number: int, images: Path, tmp_path: P
     processes.wait_for_step(tmp_path / "run", 20, process)
     decoding = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(decoding[0]), number)
-    status, told = processes.finish(process)
-    lines = [line for line in told.splitlines() if line.startswith("error:")]
+    status, said = processes.finish(process)
+    lines = [line for line in said.splitlines() if line.startswith("error:")]
     wanted = "a decoding process has gone" if number == signal.SIGKILL else "nothing has moved for"
     # torch's handler of the dead process's signal may raise while Python forks, which Python shows and ignores.
-    shown = told.count("Traceback") - told.count("Exception ignored in")
-    assert status != 0 and len(lines) == 1 and wanted in lines[0] and shown <= 0, told
+    shown = said.count("Traceback") - said.count("Exception ignored in")
+    assert status != 0 and len(lines) == 1 and wanted in lines[0] and shown <= 0, said
 
 
 @pytest.mark.slow
@@ -152,9 +152,9 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(images: Path, tmp_pa
     finally:
         first.kill()
         second.kill()
-        _, told = first.communicate()
+        _, said = first.communicate()
         second.communicate()
-    assert "stopping at the end of this step" in told
+    assert "stopping at the end of this step" in said
 
 
 @pytest.mark.slow
@@ -176,8 +176,8 @@ def test_a_suspended_run_continues(images: Path, tmp_path: Path) -> None:
     finally:
         first.kill()
         second.kill()
-        told = [rank.communicate()[1] for rank in ranks]
-    assert "silent" not in "".join(told) and "error" not in "".join(told), told
+        said = [rank.communicate()[1] for rank in ranks]
+    assert "silent" not in "".join(said) and "error" not in "".join(said), said
 
 
 @pytest.mark.slow
@@ -188,12 +188,12 @@ def test_the_store_stops_answering(images: Path, tmp_path: Path) -> None:
     try:
         processes.wait_for_step(tmp_path / "run", 20, first)
         os.kill(first.pid, signal.SIGSTOP)
-        _, told = second.communicate(timeout=180)
+        _, said = second.communicate(timeout=180)
     finally:
         first.kill()
         second.kill()
         first.communicate()
-    assert second.returncode != 0 and "the store of the ranks has been silent" in told, told
+    assert second.returncode != 0 and "the store of the ranks has been silent" in said, said
 
 
 @pytest.mark.slow
@@ -204,6 +204,6 @@ def test_a_failed_steps_dump_is_waited_for(images: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     options = ("optim.base_learning_rate=1e30", "optim.name=sgd", "checkpoint.every_steps=0")
     process = processes.start("simclr_ddp.pretrain", *settings(images, tmp_path / "run", *options), ranks=2)
-    status, told = processes.finish(process)
-    assert status != 0 and "repeats the step" in told, told
+    status, said = processes.finish(process)
+    assert status != 0 and "repeats the step" in said, said
     assert len(list((tmp_path / "run" / "dumps").glob("step-*.pt"))) == 1

@@ -18,11 +18,11 @@ from tests.support.tiny_run import settings
 
 def errors(started: list[subprocess.Popen[str]], limit: float = 180) -> tuple[list[int], list[str]]:
     """(exit statuses, lines of errors)"""
-    told = []
+    spoken = []
     for process in started:
         _, stderr = process.communicate(timeout=limit)
-        told += [line for line in stderr.splitlines() if line.startswith("error:")]
-    return [process.returncode for process in started], told
+        spoken += [line for line in stderr.splitlines() if line.startswith("error:")]
+    return [process.returncode for process in started], spoken
 
 
 @pytest.fixture
@@ -45,9 +45,9 @@ rendezvous.start = together
 
 def test_a_rank_that_does_not_come_is_named(port: int, images: Path, tmp_path: Path) -> None:
     arguments, together = settings(images, tmp_path / "run"), TOGETHER.replace("FOLDER", repr(str(tmp_path)))
-    statuses, told = errors([start_rank(rank, 3, port, arguments, disturbed=together) for rank in (0, 1)])
+    statuses, spoken = errors([start_rank(rank, 3, port, arguments, disturbed=together) for rank in (0, 1)])
     assert statuses == [2, 2]
-    assert any(f"rank 2 of 3 did not connect to 127.0.0.1:{port} within 4 s" in line for line in told), told
+    assert any(f"rank 2 of 3 did not connect to 127.0.0.1:{port} within 4 s" in line for line in spoken), spoken
 
 
 def test_a_port_that_is_taken(port: int, images: Path, tmp_path: Path) -> None:
@@ -55,8 +55,8 @@ def test_a_port_that_is_taken(port: int, images: Path, tmp_path: Path) -> None:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("", port))
         taken.listen()
-        statuses, told = errors([start_rank(0, 2, port, settings(images, tmp_path / "run"))])
-    assert statuses == [2] and f"can't meet at 127.0.0.1:{port}: rank 0 could not open it" in told[0]
+        statuses, spoken = errors([start_rank(0, 2, port, settings(images, tmp_path / "run"))])
+    assert statuses == [2] and f"can't meet at 127.0.0.1:{port}: rank 0 could not open it" in spoken[0]
 
 
 def damaged_copy(images: Path, folder: Path) -> Path:
@@ -88,13 +88,13 @@ def test_ranks_with_other_settings_or_data_are_reported(what: str, ranks: Ranks,
     else:
         copy = damaged_copy(images, tmp_path / "copy")
         other, wanted = settings(copy, run_dir), f"{copy} on rank 1 differs from {images} on rank 0"
-    (first, told), (second, nothing) = ranks.run(2, ended, [same, other])
-    assert (first, second, nothing) == (2, 2, []) and len(told) == 1 and wanted in told[0]
+    (first, spoken), (second, nothing) = ranks.run(2, ended, [same, other])
+    assert (first, second, nothing) == (2, 2, []) and len(spoken) == 1 and wanted in spoken[0]
 
 
 def test_a_batch_that_does_not_divide_is_reported_once(ranks: Ranks, images: Path, tmp_path: Path) -> None:
     """The ranks have met, and every one of them finds it."""
     arguments = settings(images, tmp_path / "run", "optim.global_batch_size=15")
-    (first, told), (second, nothing) = ranks.run(2, ended, [arguments, arguments])
+    (first, spoken), (second, nothing) = ranks.run(2, ended, [arguments, arguments])
     assert (first, second, nothing) == (2, 2, [])
-    assert len(told) == 1 and "does not divide among 2 ranks" in told[0]
+    assert len(spoken) == 1 and "does not divide among 2 ranks" in spoken[0]

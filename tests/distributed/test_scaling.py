@@ -95,8 +95,8 @@ def test_rank_0_of_512() -> None:
     """In a fake process group, whose all-gather gives each rank's place the same embeddings."""
     areas = [tile.area for tile in tiling.tiles(32_768, 32_768, 0, True, 0, 512)]
     text = " ".join(PAGE.split())
-    told = f"{len(areas)} tiles of pairs, the largest of {max(areas):,}, together {sum(areas):,} pairs"
-    assert f"{told}, which is {sum(areas) / (65_536**2 / 512):.4f} of (2 N)² / W" in text
+    said = f"{len(areas)} tiles of pairs, the largest of {max(areas):,}, together {sum(areas):,} pairs"
+    assert f"{said}, which is {sum(areas) / (65_536**2 / 512):.4f} of (2 N)² / W" in text
     peaks = []
     dist.init_process_group("fake", rank=0, world_size=512, store=FakeStore())
     try:

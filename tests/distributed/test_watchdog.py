@@ -12,20 +12,20 @@ def beats(**changes: dict[str, Any]) -> Any:
     """A world of three ranks: beats(r1={"beat": None}) etc. change what rank 1 says."""
 
     def at(second: int) -> dict[int, dict[str, Any]]:
-        told: dict[int, dict[str, Any]] = {}
+        said: dict[int, dict[str, Any]] = {}
         for rank in range(3):
             own = {"beat": second, "step": second, "begun": 9, "count": 4 * second, "what": "forward", "patient": False}
             own["collective"] = "barrier" if rank == 2 else "none"
-            told[rank] = own | {k: f(second) for k, f in changes.get(f"r{rank}", {}).items()}
-        return told
+            said[rank] = own | {k: f(second) for k, f in changes.get(f"r{rank}", {}).items()}
+        return said
 
     return at
 
 
 def verdicts(at: Any, seconds: int, limit: float = 10, preparing: float = 0) -> dict[int, str]:
     judge = Judge(3, limit, preparing)
-    told = {second: judge.look(at(second), float(second)) for second in range(1, seconds)}
-    return {second: text for second, text in told.items() if text}
+    said = {second: judge.look(at(second), float(second)) for second in range(1, seconds)}
+    return {second: text for second, text in said.items() if text}
 
 
 def test_nothing_is_reported_if_all_ranks_make_progress() -> None:
@@ -36,10 +36,10 @@ def test_nothing_is_reported_if_all_ranks_make_progress() -> None:
 
 def test_a_silent_rank_is_named_with_its_place() -> None:
     frozen = {"beat": lambda s: min(s, 20), "step": lambda s: min(s, 20), "what": lambda s: "its data"}
-    told = verdicts(beats(r2=frozen), 35)
+    said = verdicts(beats(r2=frozen), 35)
     assert (
-        min(told) == 31
-        and told[31] == "rank 2 has been silent for 11 s; last seen at step 20, its data, last collective barrier"
+        min(said) == 31
+        and said[31] == "rank 2 has been silent for 11 s; last seen at step 20, its data, last collective barrier"
     )
 
 
@@ -52,8 +52,8 @@ def test_a_rank_that_never_began() -> None:
     def at(second: int) -> dict[int, dict[str, Any]]:
         return {rank: beat for rank, beat in beats()(second).items() if rank != 1}
 
-    told = verdicts(at, 15)
-    assert min(told) == 12 and told[12].startswith("rank 1 has been silent") and "never began" in told[12]
+    said = verdicts(at, 15)
+    assert min(said) == 12 and said[12].startswith("rank 1 has been silent") and "never began" in said[12]
 
 
 def test_silence_is_reported_within_two_minutes_and_all_else_at_the_limit() -> None:
@@ -61,8 +61,8 @@ def test_silence_is_reported_within_two_minutes_and_all_else_at_the_limit() -> N
     slow = {"count": lambda s: s // 590, "step": lambda s: s // 590}
     frozen = {"beat": lambda s: min(s, 20), "step": lambda s: min(s, 20)}
     assert verdicts(beats(r0=slow, r1=slow, r2=slow), 1200, limit=600) == {}
-    told = verdicts(beats(r0=slow, r1=slow | frozen, r2=slow), 200, limit=600)
-    assert min(told) == 141 and told[141].startswith("rank 1 has been silent for 121 s; last seen at step 20")
+    said = verdicts(beats(r0=slow, r1=slow | frozen, r2=slow), 200, limit=600)
+    assert min(said) == 141 and said[141].startswith("rank 1 has been silent for 121 s; last seen at step 20")
 
     def late(second: int) -> dict[int, dict[str, Any]]:
         return {rank: beat for rank, beat in beats()(second).items() if rank != 1 or second > 590}
@@ -78,9 +78,9 @@ def test_ranks_that_wait_for_each_other_for_ever() -> None:
     """All threads beat, no rank moves: the one that is behind is named."""
     stuck = {"count": lambda s: min(4 * s, 80), "step": lambda s: min(s, 20)}
     behind = {"count": lambda s: min(4 * s, 77), "step": lambda s: min(s, 19), "what": lambda s: "its data"}
-    told = verdicts(beats(r0=stuck, r1=behind, r2=stuck), 40)
-    assert min(told) == 31
-    assert told[31] == (
+    said = verdicts(beats(r0=stuck, r1=behind, r2=stuck), 40)
+    assert min(said) == 31
+    assert said[31] == (
         "nothing has moved for 11 s: rank 1 is behind, at step 19, its data; it waits for its data, and rank 0 waits "
         "for it at step 20, forward; timeout=... gives a step more time"
     )
@@ -99,11 +99,11 @@ def test_the_first_step_may_take_longer() -> None:
 
     stuck = {key: value for key, value in quick.items() if key != "begun"} | {"begun": lambda s: 1}
     stuck["count"] = lambda s: 33
-    told = verdicts(
+    said = verdicts(
         beats(r0=stuck | {"count": lambda s: 31, "what": lambda s: "its data"}, r1=stuck, r2=stuck), 200, 10, 120
     )
-    assert min(told) == 122
-    assert told[122] == (
+    assert min(said) == 122
+    assert said[122] == (
         "nothing has moved for 121 s: rank 0 is behind, at step 9 (its first), its data, last collective all_reduce of "
         "[5]; it waits for its data, and rank 1 waits for it at step 9 (its first), forward, last collective "
         "all_reduce of [5]; timeout=... gives a step more time"
@@ -116,9 +116,9 @@ def test_the_first_step_may_take_longer() -> None:
 
 def test_no_rank_is_compared_with_itself() -> None:
     stuck = {"count": lambda s: 80, "step": lambda s: 20}
-    told = verdicts(beats(r0=stuck | {"beat": lambda s: s if s < 10 else -1}, r1=stuck, r2=stuck), 40)
-    assert min(told) == 12 and told[12].startswith("nothing has moved for 11 s: rank 0 has left, at step 20, forward; ")
-    assert told[12].endswith("; rank 1 is at step 20, forward")
+    said = verdicts(beats(r0=stuck | {"beat": lambda s: s if s < 10 else -1}, r1=stuck, r2=stuck), 40)
+    assert min(said) == 12 and said[12].startswith("nothing has moved for 11 s: rank 0 has left, at step 20, forward; ")
+    assert said[12].endswith("; rank 1 is at step 20, forward")
     judge, beat = Judge(2, 10, 60), beats()(1)[0] | {"count": 7}
     found = {second: judge.look({0: beat | {"beat": second}}, float(second)) for second in range(1, 100)}
     assert found[12] == "nothing has moved for 11 s, at step 1, forward; timeout=... gives a step more time"
@@ -127,9 +127,9 @@ def test_no_rank_is_compared_with_itself() -> None:
 def test_a_single_process_that_hangs() -> None:
     judge, beat = Judge(1, 10), {"step": 7, "begun": 7, "count": 21, "what": "its data", "collective": "none"}
     beat["patient"] = False
-    told = {second: judge.look({0: beat | {"beat": second}}, float(second)) for second in range(1, 20)}
-    assert min(second for second, text in told.items() if text) == 12
-    assert told[12].startswith("nothing has moved for 11 s, at step 7, its data; timeout=")
+    said = {second: judge.look({0: beat | {"beat": second}}, float(second)) for second in range(1, 20)}
+    assert min(second for second, text in said.items() if text) == 12
+    assert said[12].startswith("nothing has moved for 11 s, at step 7, its data; timeout=")
 
 
 def test_while_rank_0_works_alone_nothing_has_to_move() -> None:
@@ -165,8 +165,8 @@ def test_ranks_that_are_all_at_the_same_place_accuse_none_of_them() -> None:
         "step": lambda s: min(s, 20),
         "collective": lambda s: "all_reduce of [5]",
     }
-    told = verdicts(beats(r0=stuck, r1=stuck, r2=stuck), 40)
-    assert told[31] == (
+    said = verdicts(beats(r0=stuck, r1=stuck, r2=stuck), 40)
+    assert said[31] == (
         "nothing has moved for 11 s: all ranks are at step 20, forward, last collective all_reduce of [5]; they wait "
         "in that collective, or for their devices; timeout=... gives a step more time"
     )
@@ -177,8 +177,8 @@ def test_ranks_that_are_all_at_the_same_place_accuse_none_of_them() -> None:
 def test_a_rank_that_has_left_is_what_the_others_wait_for() -> None:
     stuck = {"count": lambda s: min(4 * s, 80), "step": lambda s: min(s, 20)}
     left = stuck | {"beat": lambda s: s if s < 10 else -1}
-    told = verdicts(beats(r0=stuck, r1=left, r2=stuck), 40)
-    assert told[31] == "nothing has moved for 11 s: rank 1 has left, at step 20, forward; rank 0 is at step 20, forward"
+    said = verdicts(beats(r0=stuck, r1=left, r2=stuck), 40)
+    assert said[31] == "nothing has moved for 11 s: rank 1 has left, at step 20, forward; rank 0 is at step 20, forward"
 
 
 class Counted:
@@ -220,9 +220,9 @@ class Posts:
                     continue
                 beat = -1 if rank in left else second
                 place = {"step": second if moves else 7, "count": second if moves else 7, "what": "forward", "begun": 9}
-                told = post.turn(place | {"beat": beat, "collective": "none", "patient": False}, float(second))
-                if told:
-                    self.ended[rank] = told
+                said = post.turn(place | {"beat": beat, "collective": "none", "patient": False}, float(second))
+                if said:
+                    self.ended[rank] = said
 
 
 def test_a_rank_of_256_is_silent() -> None:
@@ -273,7 +273,7 @@ def test_when_rank_0_has_left_the_next_one_judges() -> None:
     before = [store.keys for store in world.stores]
     world.ended = {0: "left", 1: "left"}
     world.seconds(range(8, 30), silent=5)
-    named = {told for rank, told in world.ended.items() if rank > 1}
+    named = {said for rank, said in world.ended.items() if rank > 1}
     assert world.ended.keys() == set(range(16)) - {5}
     assert named == {"rank 5 has been silent for 11 s; last seen at step 7, forward"}
     assert world.stores[3].keys - before[3] < 3 * 12

@@ -168,7 +168,7 @@ def thaw(pids: list[int]) -> None:
             os.kill(pid, signal.SIGCONT)
 
 
-def told(pid: int) -> bool:
+def said(pid: int) -> bool:
     """Whether SIGTERM, by which a task passes on SLURM's USR1, waits for a frozen process, or it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -321,7 +321,7 @@ def test_preempted_and_requeued_it_ends_bitwise_equal(
     job = submit(capfd, [*TWO_NODES, "cpus_per_task=8"], training(images, run_dir))
     pids = freeze(run_dir, 8)
     command("sbatch", "-p", "main", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
-    wait(lambda: all(told(pid) for pid in pids), 30)
+    wait(lambda: all(said(pid) for pid in pids), 30)
     thaw(pids)
     wait(lambda: len(starts(run_dir)) == 2, 60)
     pids = freeze(run_dir, read_metrics(run_dir / "metrics.jsonl")[-1]["step"] + 8)
@@ -356,7 +356,7 @@ def test_every_signal_saves_and_a_suspension_does_nothing(
     for start, number in enumerate(("INT", "HUP", "USR2"), 1):
         pids = freeze(run_dir, 2 + 8 * (start - 1))
         command("scancel", f"--signal={number}", job)
-        wait(lambda pids=pids: all(told(pid) for pid in pids), 30)
+        wait(lambda pids=pids: all(said(pid) for pid in pids), 30)
         thaw(pids)
         wait(lambda start=start: len(starts(run_dir)) == start + 1, 90)
     thaw(freeze(run_dir, 28))
@@ -378,7 +378,7 @@ def test_the_time_limit(
     run_dir = tmp_path / "run"
     job = submit(capfd, [*TWO_NODES, "minutes=2", "warning_seconds=15"], training(images, run_dir))
     pids = freeze(run_dir, 8)
-    wait(lambda: all(told(pid) for pid in pids), 180)
+    wait(lambda: all(said(pid) for pid in pids), 180)
     thaw(pids)
     ended(job)
     assert [start["after"] for start in starts(run_dir)] == ["submission", "time limit"]
@@ -417,7 +417,7 @@ def test_a_node_whose_daemon_dies_while_its_rank_lives_on(
         cluster("node", "crash", starts(run_dir)[0]["nodes"][0])
         newest = run_dir / "slurm" / f"{job}.start"
         wait(lambda: newest.read_text() == "1", 120)
-        wait(lambda: all(told(pid) for pid in pids), 30)
+        wait(lambda: all(said(pid) for pid in pids), 30)
         assert ranks_of(run_dir) == pids and len(starts(run_dir)) == 1, "the new start waits for them"
         thaw(pids)
         ended(job)

@@ -103,14 +103,14 @@ def test_unfinished_and_damaged_runs_are_listed_and_count_in_no_mean(
     text = printed(capfd, matrix, "rows=loss.kernel", "columns=optim.epochs", f"out={matrix}/out")
     assert "; 5 of 11 runs" in text and "0.99" not in text
     assert rows(text)[2:] == [["cosine", "0.54", "0.57 ± 0.014 (2)"], ["laplacian", "0.64", "0.66"]]
-    told = dict(line[2:].split(": ", 1) for line in text.splitlines() if line.startswith("- "))
-    assert told[f"{matrix}/short"] == "not finished: epoch 3.00 of 4, error: step 7: it diverges"
-    assert told[f"{matrix}/cosine-4-1"] == "damaged: 1 lines of metrics.jsonl can't be read"
-    assert told[f"{matrix}/laplacian-4-1"].startswith("damaged: config file")
-    assert told[f"{matrix}/laplacian-6-1"] == "loss is nan"
-    assert told[f"{matrix}/endless"].startswith("damaged: OverflowError")
+    said = dict(line[2:].split(": ", 1) for line in text.splitlines() if line.startswith("- "))
+    assert said[f"{matrix}/short"] == "not finished: epoch 3.00 of 4, error: step 7: it diverges"
+    assert said[f"{matrix}/cosine-4-1"] == "damaged: 1 lines of metrics.jsonl can't be read"
+    assert said[f"{matrix}/laplacian-4-1"].startswith("damaged: config file")
+    assert said[f"{matrix}/laplacian-6-1"] == "loss is nan"
+    assert said[f"{matrix}/endless"].startswith("damaged: OverflowError")
     assert f"- {matrix}/laplacian-4-0/linear_eval.json can't be read: it is no complete record" in text
-    assert told[f"{matrix}/begun"] == "not finished: epoch 0.00 of 4"
+    assert said[f"{matrix}/begun"] == "not finished: epoch 0.00 of 4"
     written = list(csv.DictReader((matrix / "out/summary.csv").read_text().splitlines()))
     assert len(written) == 11 and sum(row["fault"] != "" for row in written) == 6
     assert (matrix / "out/summary.md").read_text() in text
@@ -304,7 +304,7 @@ def test_a_folder_may_have_an_equals_sign_in_its_name(
 
 
 def test_mistakes(matrix: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for arguments, told in {
+    for arguments, said in {
         (): "no runs given; write python -m launch.summary runs/a runs/b",
         ("nowhere",): "nowhere: not a folder",
         (str(matrix), "rows=loss.kernl"): "unknown option loss.kernl in rows or columns; did you mean loss.kernel?",
@@ -316,7 +316,7 @@ def test_mistakes(matrix: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (str(matrix), "value=top1"): "value=top1: unknown value; did you mean probe_top1?",
     }.items():
         assert summary.main(list(arguments)) == 2
-        assert told in only_error(capfd)
+        assert said in only_error(capfd)
     (matrix.parent / "empty").mkdir()
     text = printed(capfd, matrix.parent / "empty")
     assert "0 of 1 runs" in text and "is no run directory" in text

@@ -347,8 +347,8 @@ def test_failed_trials_run_again_on_request(images: Path, capfd: pytest.CaptureF
     assert [row["state"] for row in table()] == ["finished", "finished", "failed"]
     assert [len(starts(number)) for number in range(3)] == [1, 2, 2]
     assert [row["trial"] for row in table()] == ["0", "1", "2"] and len(study().trials) == 5
-    told = capfd.readouterr().out
-    assert "trial 1 failed and is run again: error: step 3: it diverges" in told and "3 of 3 done" in told
+    said = capfd.readouterr().out
+    assert "trial 1 failed and is run again: error: step 3: it diverges" in said and "3 of 3 done" in said
 
 
 def test_killed_its_trial_lives_on(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -429,13 +429,13 @@ def test_a_second_process_and_other_settings_are_refused(images: Path, capfd: py
     finally:
         Path("here/hold").unlink()
     assert process.finish()[0] == 0
-    for change, told in {
+    for change, said in {
         "space.loss.temperature.log=[0.1, 0.9]": "space.loss.temperature.log=[0.1, 0.9]: the sweep sweep in",
         "set.optim.epochs=5": "optim.epochs=5: the sweep",
         "seed=1": "seed of the sweep=1: the sweep",
     }.items():
         assert sweep.main([*arguments, change]) == 2
-        assert told in only_error(capfd)
+        assert said in only_error(capfd)
     assert sweep.main([*arguments, "trials=3", "at_once=2"]) == 0
     assert [row["state"] for row in table()] == ["finished"] * 3, "more trials go on with it"
 
@@ -444,7 +444,7 @@ def test_a_second_process_and_other_settings_are_refused(images: Path, capfd: py
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "said"),
     [
         (
             ["set.probe.enabled=false"],
@@ -478,9 +478,9 @@ def test_a_second_process_and_other_settings_are_refused(images: Path, capfd: py
         (["set.optim.epoch=1"], "unknown option optim.epoch in set; did you mean optim.epochs?"),
     ],
 )
-def test_mistakes(more: list[str], told: str, images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(more: list[str], said: str, images: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert sweep.main([*options(images, TEMPERATURES), *more]) == 2
-    assert told in only_error(capfd)
+    assert said in only_error(capfd)
     assert not Path("here/trials").exists(), "nothing was started"
 
 
@@ -488,12 +488,12 @@ def test_a_file_and_the_command_line_say_the_same(images: Path, capfd: pytest.Ca
     Path("mine.yaml").write_text(
         "space:\n  loss.temperature: {log: [0.1, 1]}\n  loss:\n    gamma: {choice: [1], when: {loss.kernel: cosine}}\n"
     )
-    told = []
+    said = []
     dotted = ["space.loss.gamma.choice=[1]", "space.loss.gamma.when.loss.kernel=cosine"]
     for arguments in (["mine.yaml"], [TEMPERATURES, *dotted]):
         assert sweep.main([*arguments, *options(images), "--dry-run"]) == 0
-        told.append(capfd.readouterr().out)
-    assert told[0] == told[1] and told[0].count("loss.gamma=1.0") == 6
+        said.append(capfd.readouterr().out)
+    assert said[0] == said[1] and said[0].count("loss.gamma=1.0") == 6
     assert sweep.main(["--help"]) == 0
     assert "space                            a mapping" in capfd.readouterr().out
     assert sweep.main(["space=3"]) == 2
@@ -677,8 +677,8 @@ def test_a_grid_of_jobs_all_at_once(images: Path, cluster: Path, capfd: pytest.C
     assert sweep.main(options(images, *GRID)) == 0
     (script,) = scripts(cluster)
     assert "\n#SBATCH --array=0-2%3\n" in script
-    told = [line for line in capfd.readouterr().out.splitlines() if "array" in line]
-    assert told == [
+    said = [line for line in capfd.readouterr().out.splitlines() if "array" in line]
+    assert said == [
         "3 trials: array 71, 3 at once, logs here/trials/*/slurm/71_*_0_log.out; cancel: scancel 71",
     ]
     folders = [Path(f"here/trials/000{number}") for number in range(3)]
@@ -735,9 +735,9 @@ def test_a_refused_trial_waits(
     monkeypatch.setattr(submission, "submit", sometimes)
     assert sweep.main([*options(images, TEMPERATURES), "trials=4", "slurm=jobs.yaml", "at_once=3"]) == 0
     assert asked == ["0000", "0001", "0001", "0001", "0002", "0003"], "a refusal is the last question of a look"
-    told = capfd.readouterr().out.splitlines()
+    said = capfd.readouterr().out.splitlines()
     refused = "trial 1 waits and is submitted again later: SLURM refuses the job: too many jobs"
-    assert [line for line in told if "refuses" in line] == [refused]
+    assert [line for line in said if "refuses" in line] == [refused]
     assert [row["state"] for row in table()] == ["finished"] * 4 and len(scripts(cluster)) == 4
 
 
@@ -768,10 +768,10 @@ def test_trials_whose_jobs_are_cut_off(
     for job in range(71, 80):
         (cluster / "state" / str(job)).write_text(state)
     assert sweep.main(options(images, *GRID)) == 75
-    told = capfd.readouterr().out
+    said = capfd.readouterr().out
     last = 70 + jobs
-    assert f"trial 2: its job {last}_2 ended as {state}; it is saved, and the next start of the sweep continues" in told
-    assert "stopped with 0 of 3 trials done; continue: python -m launch.sweep" in told
+    assert f"trial 2: its job {last}_2 ended as {state}; it is saved, and the next start of the sweep continues" in said
+    assert "stopped with 0 of 3 trials done; continue: python -m launch.sweep" in said
     assert [row["state"] for row in table()] == ["not done"] * 3 and len(scripts(cluster)) == jobs
     (cluster / "hold").unlink()
     (cluster / "state" / str(last + 1)).write_text("COMPLETED")
@@ -843,8 +843,8 @@ def test_without_slurm_or_submitit(
         )
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert sweep.main(arguments) == 2
-    told = only_error(capfd)
-    assert f"slurm=jobs.yaml: submitit is not installed; pip install '.[slurm]', or {way_out}" in told
+    said = only_error(capfd)
+    assert f"slurm=jobs.yaml: submitit is not installed; pip install '.[slurm]', or {way_out}" in said
     assert not Path("here").exists()
 
 
@@ -948,9 +948,9 @@ def test_real_jobs_of_a_search_and_of_a_grid_in_one_storage(
     ]
     capfd.readouterr()
     assert summary.main(["grid", "rows=loss.kernel,loss.temperature", "columns=optim.epochs", "out=summary"]) == 0
-    told = capfd.readouterr().out
+    said = capfd.readouterr().out
     values = {(row["kernel"], row["epochs"]): f"{float(row['probe_top1']):.4g}" for row in rows}
-    assert "; 4 of 4 runs" in told
-    assert f"| cosine | 0.1 | {values['sharp', '1']} | {values['sharp', '2']} |" in told, told
-    assert f"| laplacian | 0.5 | {values['wide', '1']} | {values['wide', '2']} |" in told, told
+    assert "; 4 of 4 runs" in said
+    assert f"| cosine | 0.1 | {values['sharp', '1']} | {values['sharp', '2']} |" in said, said
+    assert f"| laplacian | 0.5 | {values['wide', '1']} | {values['wide', '2']} |" in said, said
     assert (here / "summary" / "summary.png").exists()

@@ -281,14 +281,14 @@ def test_weights_of_another_arch(arch: str, width: float, tmp_path: Path) -> Non
 def test_weights_of_other_tools_are_refused_with_their_prefix(tmp_path: Path) -> None:
     """As MoCo, solo-learn and DINO name them."""
     state = trained()
-    for prefixes, told in (
+    for prefixes, said in (
         (["module.encoder_q."], "named module.encoder_q.conv1.weight, expected is conv1.weight; save those"),
         (["backbone."], "save those with the prefix backbone. without it"),
         (["student.module.backbone.", "teacher.module.backbone."],
          "save one group with the prefix student.module.backbone. and teacher.module.backbone. without it"),
     ):  # fmt: skip
         torch.save({"state_dict": {p + k: v for p in prefixes for k, v in state.items()}}, tmp_path / "other.pth")
-        with pytest.raises(ValueError, match=re.escape(told)) as caught:
+        with pytest.raises(ValueError, match=re.escape(said)) as caught:
             initialize(Encoder("resnet18", TINY), str(tmp_path / "other.pth"), "resnet18", TINY)
         assert "only 0 of the 120 tensors of resnet18 x 0.0625 fit" in str(caught.value)
     torch.save({"student": state, "teacher": state, "epoch": 3}, tmp_path / "dino.pth")

@@ -121,9 +121,9 @@ def test_a_half_written_one_is_kept_aside_and_the_one_before_used(share: float, 
         checkpoint.save(tmp_path, state_of(step), step, keep_last=5)
     for step in (2, 3):
         truncate(tmp_path / f"step-0000000{step}.pt", share)
-    told: list[str] = []
-    assert checkpoint.newest(tmp_path, told.append) == tmp_path / "step-00000001.pt"
-    assert len(told) == 2 and all("can't be used" in t and "\n" not in t and "renamed to" in t for t in told)
+    said: list[str] = []
+    assert checkpoint.newest(tmp_path, said.append) == tmp_path / "step-00000001.pt"
+    assert len(said) == 2 and all("can't be used" in t and "\n" not in t and "renamed to" in t for t in said)
     assert "step-00000003.pt.damaged" in names(tmp_path) and "step-00000002.pt.damaged" in names(tmp_path)
     assert checkpoint.newest(tmp_path, pytest.fail) == tmp_path / "step-00000001.pt"
 

@@ -94,8 +94,8 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path, capsys: pytest.Captur
         for step in (2, 3):
             log.write({"step": step, "loss": 0.25})
         assert not log.sync()
-    told = capsys.readouterr().err
-    assert told.count("warning") == 1 and "metrics.jsonl can't be written" in told
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and "metrics.jsonl can't be written" in said
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
     assert log.sync() and [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     log.write({"step": 4, "loss": 0.125})

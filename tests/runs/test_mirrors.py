@@ -146,8 +146,8 @@ def test_the_mirrors_of_a_run_that_fails_are_closed(in_a_group: bool, tmp_path: 
     pytest.importorskip("wandb")
     pytest.importorskip("tensorboard")
     format_of = pytest.importorskip("wandb.proto.wandb_internal_pb2")
-    status, told, run_dir = failed(tmp_path, LIMIT="60", IN_A_GROUP=str(in_a_group), CHANGED="pass")
-    assert status == 2 and told.splitlines()[0].startswith("error: it fails"), told
+    status, said, run_dir = failed(tmp_path, LIMIT="60", IN_A_GROUP=str(in_a_group), CHANGED="pass")
+    assert status == 2 and said.splitlines()[0].startswith("error: it fails"), said
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     assert [line["step"] for line in history(file)[0]] == [1]
     last = format_of.Record.FromString(list(wandb_records(file))[-1])

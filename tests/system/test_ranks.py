@@ -29,7 +29,7 @@ def test_a_process_is_left_behind_until_it_leaves_its_group() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "told"),
+    ("variables", "said"),
     [
         ("WORLD_SIZE=2 RANK=0", "WORLD_SIZE=2: MASTER_ADDR, MASTER_PORT not set; start with torchrun"),
         ("WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "WORLD_SIZE=2: RANK not set; "),
@@ -46,7 +46,7 @@ def test_a_process_is_left_behind_until_it_leaves_its_group() -> None:
     ],
 )
 def test_variables_that_are_set_in_part_are_named(
-    variables: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    variables: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -55,5 +55,5 @@ def test_variables_that_are_set_in_part_are_named(
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error"))
     assert pretrain.main(["device=cpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and told in line
-    assert told in json.loads((tmp_path / "error").read_text())["message"]["message"], "torchrun's report ends with it"
+    assert line.startswith("error: ") and said in line
+    assert said in json.loads((tmp_path / "error").read_text())["message"]["message"], "torchrun's report ends with it"

@@ -187,8 +187,8 @@ def diverging(losses: list[float], stops: list[float]) -> str:
 
 
 def test_all_ranks_end_at_the_same_step(ranks: Ranks) -> None:
-    told = ranks.run(4, diverging, [1.0, math.nan, 1.0, 1.0], [0.0] * 4)
-    assert told == ["step 3 failed, known at 4"] * 4
+    said = ranks.run(4, diverging, [1.0, math.nan, 1.0, 1.0], [0.0] * 4)
+    assert said == ["step 3 failed, known at 4"] * 4
     assert ranks.run(4, diverging, [1.0] * 4, [0.0, 0.0, 1.0, 0.0]) == ["stopped at 4"] * 4
     assert ranks.run(2, diverging, [1.0] * 4, [0.0] * 4) == ["nothing"] * 2
 

@@ -108,8 +108,8 @@ def test_a_full_disk_is_reported_and_the_next_save_is_tried(tmp_path: Path, capf
     with files_limited_to(1000):
         saving.save(state_of(2), 2)
         assert saving.wait()
-    told = capfd.readouterr().err
-    assert told.startswith("warning: the checkpoint of step 2 could not be written") and "training continues" in told
+    said = capfd.readouterr().err
+    assert said.startswith("warning: the checkpoint of step 2 could not be written") and "training continues" in said
     assert names(tmp_path) == ["latest", "step-00000001.pt"], "the one before is kept, nothing half is left"
     assert_is(checkpoint.load(tmp_path / "step-00000001.pt"), 1)
     saving.save(state_of(3), 3)
@@ -121,7 +121,7 @@ def test_room_is_tried_before_training(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     assert checkpoint.trial_write(folder, 3_000_000) == "" and names(folder) == []
     with files_limited_to(1_500_000):
-        told = checkpoint.trial_write(folder, 3_000_000)
-    assert "a checkpoint of 3 MB can't be written" in told and "run_dir=" in told and names(folder) == []
+        said = checkpoint.trial_write(folder, 3_000_000)
+    assert "a checkpoint of 3 MB can't be written" in said and "run_dir=" in said and names(folder) == []
     (tmp_path / "file").touch()
     assert "can't be written" in checkpoint.trial_write(tmp_path / "file" / "checkpoints", 10)

@@ -129,17 +129,17 @@ def test_guests_that_are_no_nodes_delay_nobody(tmp_path: Path) -> None:
 
 
 def test_a_guest_that_does_not_close_delays_no_other(tmp_path: Path) -> None:
-    told: list[float] = []
+    spoken: list[float] = []
     over = threading.Event()
 
     def come() -> None:
         guests = connect_to(tmp_path / "m", b"node2", b"node3", b"node4")
         for guest in guests:
             assert guest.recv(2) == b"go"
-            told.append(time.monotonic())
+            spoken.append(time.monotonic())
         with pytest.raises(OSError, match="refused"):  # torch's clients try again; they would wait in an open one
             connect_to(tmp_path / "m", b"torch")
-        told.append(time.monotonic())
+        spoken.append(time.monotonic())
         over.wait(30)
         for guest in guests:
             guest.close()
@@ -153,7 +153,7 @@ def test_a_guest_that_does_not_close_delays_no_other(tmp_path: Path) -> None:
     over.set()
     thread.join()
     assert took < 14, "5 s for all, not for each"
-    assert len(told) == 4 and told[-1] < begin + took, "before it has waited for them to close"
+    assert len(spoken) == 4 and spoken[-1] < begin + took, "before it has waited for them to close"
 
 
 def test_a_node_that_never_comes(tmp_path: Path) -> None:

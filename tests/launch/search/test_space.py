@@ -122,7 +122,7 @@ def test_nonsense_is_refused_in_one_sentence(nonsense: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "value", "told"),
+    ("entry", "value", "said"),
     [
         ("loss.temprature.log", [0.1, 1], "unknown option loss.temprature in space; did you mean loss.temperature?"),
         ("loss.temperature", 0.1, "space.loss.temperature=0.1: no distribution; write {log: [low, high]}"),
@@ -142,11 +142,11 @@ def test_nonsense_is_refused_in_one_sentence(nonsense: dict[str, Any]) -> None:
         ("loss.norm_p.uniform", [1, math.inf], "space.loss.norm_p.uniform=[1, inf]: the ends must be finite"),
     ],
 )
-def test_mistakes_in_a_space(entry: str, value: Any, told: str) -> None:
-    first = {"loss.temperature.log": [0.1, 1]} if "both log and uniform" in told else {}
+def test_mistakes_in_a_space(entry: str, value: Any, said: str) -> None:
+    first = {"loss.temperature.log": [0.1, 1]} if "both log and uniform" in said else {}
     with pytest.raises(ValueError) as error:
         parse_space({**first, entry: value})
-    assert told in str(error.value)
+    assert said in str(error.value)
 
 
 def test_conditions_that_wait_for_each_other() -> None:
@@ -200,7 +200,7 @@ def test_values_with_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "told"),
+    ("grid", "said"),
     [
         ({"loss.kernl": ["cosine"]}, "unknown option loss.kernl in grid; did you mean loss.kernel?"),
         ({"loss.kernel": "cosine"}, "grid.loss.kernel=cosine: not a list of values; write [VALUE, ...]"),
@@ -212,7 +212,7 @@ def test_values_with_names() -> None:
         ({"name": ["a"]}, "name: the sweep chooses it for each trial"),
     ],
 )
-def test_mistakes_in_a_grid(grid: dict[str, Any], told: str) -> None:
+def test_mistakes_in_a_grid(grid: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError) as error:
         parse_grid(grid)
-    assert told in str(error.value)
+    assert said in str(error.value)
