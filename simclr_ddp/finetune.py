@@ -282,6 +282,7 @@ def export_results(run: "Finetuning", test: "Dataset", split: str, folder: "Path
     from simclr_ddp.distributed import collectives
     from simclr_ddp.evaluation.labels import about
     from simclr_ddp.evaluation.linear import classification_metrics
+    from simclr_ddp.evaluation.subject import describe_encoder
     from simclr_ddp.runs import evaluations
     from simclr_ddp.runs.encoder import export_encoder, export_tensors, spec_metadata
     from simclr_ddp.runs.provenance import describe
@@ -293,11 +294,7 @@ def export_results(run: "Finetuning", test: "Dataset", split: str, folder: "Path
     metrics = classification_metrics(ranks, labels, run.dataset.class_count)
     name = "linear_sgd" if settings.frozen else "finetune"
     record = {
-        "run": settings.run,
-        "file": str(loaded.file),
-        "step": loaded.step,
-        "hash": loaded.hash,
-        "encoder": loaded.spec._asdict(),
+        **describe_encoder(settings.run, loaded),
         "settings": options.plain(settings),
         "protocol": {"name": name} | protocol(run),
         "train": about(run.dataset, "train") | {"labelled": len(run.images)},

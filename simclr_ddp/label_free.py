@@ -33,7 +33,15 @@ def label_free(settings: LabelFree) -> int:
     from simclr_ddp.evaluation.features import averaging, embed, representations
     from simclr_ddp.evaluation.label_free import measure
     from simclr_ddp.evaluation.labels import about
-    from simclr_ddp.evaluation.subject import check_crop, on_main, open_encoder, open_images, say_loader, write_results
+    from simclr_ddp.evaluation.subject import (
+        check_crop,
+        describe_encoder,
+        on_main,
+        open_encoder,
+        open_images,
+        say_loader,
+        write_results,
+    )
     from simclr_ddp.runs import evaluations
     from simclr_ddp.runs.encoder import hash_of, random_encoder
     from simclr_ddp.runs.provenance import describe
@@ -96,11 +104,7 @@ def label_free(settings: LabelFree) -> int:
 
     drawn = bool(settings.views or settings.augmented)
     record = {
-        "run": settings.run,
-        "file": str(loaded.file),
-        "step": loaded.step,
-        "hash": loaded.hash,
-        "encoder": loaded.spec._asdict(),
+        **describe_encoder(settings.run, loaded),
         "own_size": own_size,
         "test": about(dataset, split),
         "protocol": {

@@ -42,7 +42,7 @@ def transformations(settings: Transformations) -> int:
     from simclr_ddp.evaluation.features import project
     from simclr_ddp.evaluation.linear import Protocol, evaluate, held_out
     from simclr_ddp.evaluation.shared_cross_entropy import helping
-    from simclr_ddp.evaluation.subject import on_main, open_encoder, open_images, write_results
+    from simclr_ddp.evaluation.subject import describe_encoder, on_main, open_encoder, open_images, write_results
     from simclr_ddp.evaluation.table import transformations_table
     from simclr_ddp.evaluation.transformations import NOISE, TASKS
     from simclr_ddp.runs import evaluations
@@ -99,11 +99,7 @@ def transformations(settings: Transformations) -> int:
         return 0
     chance = {task.name: max(task.shares) for task in TASKS}
     record = {
-        "run": settings.run,
-        "file": str(loaded.file),
-        "step": loaded.step,
-        "hash": loaded.hash,
-        "encoder": loaded.spec._asdict(),
+        **describe_encoder(settings.run, loaded),
         **{
             split: {
                 "source": d.source,

@@ -156,20 +156,29 @@ def encoders(
         del x_train, x_test
 
 
-def describe_subject(run: str, subject: Subject) -> dict[str, Any]:
-    """The part of a record that says what was measured."""
-    loaded = subject.loaded
+def describe_encoder(run: str, loaded: Loaded) -> dict[str, Any]:
+    """The part of a record that names the encoder."""
     return {
         "run": run,
         "file": str(loaded.file),
         "step": loaded.step,
         "hash": loaded.hash,
         "encoder": loaded.spec._asdict(),
-        "own_size": subject.own_size,
-        "averaged": None if subject.averaged is None else subject.averaged._asdict(),
-        "train": about(subject.train, "train"),
-        "test": about(subject.test, subject.split),
-    } | ({"validation": about(subject.validation, "validation")} if subject.validation else {})
+    }
+
+
+def describe_subject(run: str, subject: Subject) -> dict[str, Any]:
+    """The part of a record that says what was measured."""
+    return (
+        describe_encoder(run, subject.loaded)
+        | {
+            "own_size": subject.own_size,
+            "averaged": None if subject.averaged is None else subject.averaged._asdict(),
+            "train": about(subject.train, "train"),
+            "test": about(subject.test, subject.split),
+        }
+        | ({"validation": about(subject.validation, "validation")} if subject.validation else {})
+    )
 
 
 def write_results(folder: Path, record: dict[str, Any], text: str, arrays: dict[str, np.ndarray] | None = None) -> None:
