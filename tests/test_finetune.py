@@ -1,6 +1,8 @@
 """Supervised training of an encoder and a linear classifier, and that it is a run as pretraining is."""
 
+import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from simclr_ddp import finetune, pretrain
 from simclr_ddp.config import options, schema
 from simclr_ddp.data.write import write_dataset
+from simclr_ddp.distributed.runtime import Runtime
 from simclr_ddp.models.classifier import Classifier, first_layers
 from simclr_ddp.models.resnet import Encoder
 from simclr_ddp.models.simclr import projection_head
@@ -21,7 +24,9 @@ from simclr_ddp.runs import evaluations
 from simclr_ddp.runs.encoder import load_encoder
 from simclr_ddp.runs.metrics import read_metrics
 from simclr_ddp.training import finetuning
+from simclr_ddp.training.finetuning import ClassifierState
 from simclr_ddp.training.optim import set_learning_rate
+from simclr_ddp.training.state import TrainingState
 from tests.conftest import write_images
 from tests.support import processes
 from tests.support.parity_run import model_at, relative_difference
@@ -181,6 +186,22 @@ def test_micro_batches_and_checkpointed_stages_take_the_same_steps_with_frozen_b
         assert torch.equal(value, ends["stages"][key]), key
         if value.is_floating_point():
             assert relative_difference(ends["micro"][key], value) < 1e-10, key
+
+
+def test_a_step_that_overflows_in_fp16_holds_the_average_for_that_step_only() -> None:
+    model = torch.nn.Linear(2, 1)
+    state = ClassifierState.__new__(ClassifierState)
+    TrainingState.__init__(
+        state, model, [torch.optim.SGD(model.parameters(), 0.1)], Runtime(torch.device("cpu"), "fp16", 1)
+    )
+    state.decay, state.average = 0.5, copy.deepcopy(model)
+    start = model.weight.detach().clone()
+    for gradient in (math.inf, 1e5):  # the loss scale is 65,536
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        state.step(~state.gradient_norm().isfinite())
+        torch.testing.assert_close(state.average.weight, (start + model.weight) / 2)
+    assert not torch.equal(model.weight, start)
 
 
 def test_the_average_follows_the_weights_and_is_what_is_evaluated(run: Path, tmp_path: Path) -> None:

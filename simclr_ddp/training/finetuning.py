@@ -65,7 +65,8 @@ class ClassifierState(TrainingState):
             old.copy_(new)
 
     def saved_bytes(self) -> int:
-        return super().saved_bytes() * (2 if self.decay else 1)
+        average = {} if self.average is None else self.average.state_dict()
+        return super().saved_bytes() + sum(t.nbytes for t in average.values())
 
     def to_save(self) -> dict[str, Any]:
         average = {} if self.average is None else {"average": self.average.state_dict()}

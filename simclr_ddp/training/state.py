@@ -43,9 +43,12 @@ class TrainingState:
         """Update with all optimizers; a no-op on the device once `skip` (0-dim bool) has been true.
 
         The state from before the failed step then stays until the host, one step later, reads the failure. With fp16
-        the loss scaler decides instead: it skips overflown gradients and lowers the scale.
+        the loss scaler decides instead: it skips overflown gradients and lowers the scale, and later steps count again.
         """
-        self.failed |= skip
+        if self.scaler.is_enabled():
+            self.failed.copy_(skip)
+        else:
+            self.failed |= skip
         failed = self.failed.float()
         for optimizer in self.optimizers:
             if not self.scaler.is_enabled():
