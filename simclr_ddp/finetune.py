@@ -161,7 +161,9 @@ def fit(
 
     from simclr_ddp.config import options
     from simclr_ddp.config.identity import finetune_without_effect
+    from simclr_ddp.distributed import collectives
     from simclr_ddp.system.console import say
+    from simclr_ddp.system.signals import PAUSED
     from simclr_ddp.training import finetuning, lifecycle
     from simclr_ddp.training.components import open_reporter
     from simclr_ddp.training.optim import set_learning_rate
@@ -208,7 +210,11 @@ def fit(
             save(done)
 
         # --- Finish, or pause ---------------------------------------------------------------------------------------
-        return lifecycle.finish(plan, done, reporter, save, partial(export, training))
+        status = lifecycle.finish(plan, done, reporter, save, partial(export, training))
+        if status == 0 and score is not None and any(collectives.all_gather_object(stop_requested())):
+            say("paused; the same command continues with the next combination of the grid")
+            return PAUSED
+        return status
 
 
 def score_held_out(run: "Finetuning", held: "np.ndarray") -> float:
@@ -230,11 +236,14 @@ def export_score(run: "Finetuning", score: "Callable[[Finetuning], float]") -> N
         found = {"learning_rate": optim.base_learning_rate, "weight_decay": optim.weight_decay}
         seconds = training_seconds(run.plan.run_dir)
         write_result(run.plan.run_dir, found | {"validation_top1": top1, "seconds": seconds})
-        shutil.rmtree(run.plan.run_dir / "checkpoints")
+        shutil.rmtree(run.plan.run_dir / "checkpoints", ignore_errors=True)  # the result replaces them
 
 
 def training_seconds(run_dir: "Path") -> float:
-    """Return the duration of the training up to the last line of metrics.jsonl, over all starts of the run."""
+    """Return the duration of the training up to the last line of metrics.jsonl, over all starts of the run.
+
+    A start is recognised by fewer seconds than in the line before it.
+    """
     from simclr_ddp.runs.metrics import read_metrics
 
     seconds = [line.get("seconds", 0.0) for line in read_metrics(run_dir / "metrics.jsonl")]

@@ -52,8 +52,8 @@ def classify(
         device=runtime.device,
     )
     with console.Progress(len(local), title=title) as progress:
-        for step, (first, batch) in enumerate(zip(firsts, batches, strict=True)):
-            collectives.note("the forward pass", step=step)
+        for first, batch in zip(firsts, batches, strict=True):
+            collectives.note("the forward passes of the evaluation")
             assert batch.labels is not None
             with runtime.autocast():
                 logits = model(images(batch.inputs)[0])

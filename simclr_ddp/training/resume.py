@@ -115,8 +115,11 @@ def find_checkpoint(
 
 
 def is_finished(run_dir: Path, step: int, total_steps: int, result: str = "encoder.safetensors") -> bool:
-    """Return whether the run has taken all steps and exported its result, a file in its directory."""
-    return step >= total_steps and (run_dir / result).exists()
+    """Return, on every rank, whether the run has taken all steps and exported its result, a file in its directory.
+
+    Rank 0 looks: machines may see a file of a shared disk at different times.
+    """
+    return step >= total_steps and bool(collectives.broadcast_object((run_dir / result).exists()))
 
 
 def _differing(saved: dict[str, Any], expected: dict[str, Any], defaults: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
