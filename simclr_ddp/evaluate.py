@@ -91,15 +91,15 @@ def evaluate(settings: Evaluate, given: list[str]) -> int:
         raise ValueError(content["notes"][-1])
     text = report.markdown(content)
     console.say(text)
-    folder = output_folder(settings, given)
+    folder, status = output_folder(settings, given), 1 if any(note.startswith(FAILED) for note in notes) else 0
     if folder is None:
         console.say("(output=FOLDER writes this report as report.md, report.json and report.tex)")
-        return 0
+        return status
     texts = {"md": text, "json": json.dumps(content, indent=1, allow_nan=False) + "\n", "tex": report.latex(content)}
     for suffix, written in texts.items():
         write(folder / f"report.{suffix}", written)
     console.say(f"written to {folder / 'report.md'}, report.json and report.tex")
-    return 1 if any(note.startswith(FAILED) for note in notes) else 0
+    return status
 
 
 def named(given: list[str]) -> dict[str, list[Path]]:
@@ -249,6 +249,8 @@ def is_that(evaluation: "Evaluation", protocol: str, wanted: Any, encoder: Encod
         return False
     for split in ("train", "validation", "test"):
         source = values.get(split) or own.get(split, "")
+        if split == "test" and not source and protocol in ("knn", "label_free"):  # which then take the training images
+            source = values.get("train") or own.get("train", "")
         content = fingerprint(source)
         measured = record.get(split, {})
         if measured and source and (measured["fingerprint"] != content if content else measured["source"] != source):

@@ -254,6 +254,8 @@ def test_finished_evaluations_are_reused_and_failures_are_noted(
     started = f"python -m simclr_ddp.linear_eval {run} tolerance=0.001"
     assert started in out and f"- not measured: linear of {run}, exit status 2 of {started}" in out
     assert "encoder.safetensors" in err and err.count("error: ") == 1
+    alone = run / "encoder.safetensors"  # whose report is only printed
+    assert evaluate.main([str(alone), "protocols=linear", "set.linear_eval.tolerance=1e-3"]) == 1
 
 
 @pytest.mark.slow

@@ -78,7 +78,6 @@ def _paired(a: Evaluation, b: Evaluation) -> list[dict[str, Any]]:
     error = "squared_error" in one
     if one.keys() != other.keys() or not (error or np.array_equal(one["labels"], other["labels"])):
         raise ValueError(f"{a.path} and {b.path} have different labels per image; evaluate both again")
-    error = "squared_error" in one
     metric = "mse" if error else "top1"
     of_a, of_b = (
         found["squared_error"] if error else found["predictions"] == found["labels"] for found in (one, other)
