@@ -124,8 +124,9 @@ class Search:
         known = records(self._study)
         for frozen in [t for t in known if t.state == TrialState.FAIL] if self._settings.retry else []:
             console.say(f"trial {frozen.number} failed and is run again: {frozen.user_attrs.get('error', '')}")
-            for job in self._add(frozen.number).run_dir.glob("slurm/[0-9]*_submitted.pkl"):
-                job.unlink()  # or it would be found again as this attempt's
+            for job in self._plan.run_dir(frozen.number).glob("slurm/[0-9]*_submitted.pkl"):
+                job.unlink()  # before the attempt begins, or it would be found again as this attempt's
+            self._add(frozen.number)
         for frozen in [t for t in known if t.state == TrialState.RUNNING]:
             found = self._take(frozen, frozen.number)
             found.handle = frozen.user_attrs.get("handle", {})

@@ -175,9 +175,12 @@ def check_writable(folder: Path, machine: str, make: bool = False) -> None:
 
 
 def count_gpus() -> str:
-    """The number of GPUs that torch sees, asked of a process of its own; empty if torch can't be imported."""
+    """The number of GPUs that torch sees, asked of a process of its own; empty if it can't say or does not answer."""
     counting = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    return subprocess.run(counting, stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(counting, stdout=subprocess.PIPE, text=True, check=False, timeout=300).stdout.strip()
+    except subprocess.TimeoutExpired:
+        return ""
 
 
 def _check_gpus(expected: int, node: str) -> None:

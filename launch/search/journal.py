@@ -14,6 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from launch.search.plan import DIRECTIONS, Plan, Sweep
+from launch.search.results import write_text
 from simclr_ddp.config import options, schema
 from simclr_ddp.config.schema import Pretrain
 from simclr_ddp.system import console, files
@@ -54,7 +55,7 @@ def open_study(settings: Sweep, plan: Plan) -> optuna.Study:
     marker = plan.sweep_dir / "sweep.yaml"
     if marker.exists() and (before := options.read_yaml(marker).get("name")) != settings.name:
         raise ValueError(f"sweep_dir={plan.sweep_dir}: it belongs to the sweep {before}; choose another")
-    marker.write_text(options.to_yaml(settings))
+    write_text(marker, options.to_yaml(settings))
     return study
 
 
