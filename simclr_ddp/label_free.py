@@ -68,7 +68,7 @@ def label_free(settings: LabelFree) -> int:
         folder, size = Path(settings.output) if settings.output else loaded.folder, loaded.spec.size
         on_main(lambda: evaluations.trial_write(folder / evaluations.FOLDER))
         console.say(f"{loaded.file}: {loaded.spec.arch} x {loaded.spec.width:g}, {dataset.count:,} {split} images")
-        say_loader(dataset, views=1, size=size, **loading)
+        say_loader(dataset, views=settings.views, size=size, **loading)
         preflight.evaluation((dataset,), size=size, **loading)
 
         encoders = {"trained": (loaded.encoder, loaded.hash)}

@@ -54,7 +54,8 @@ def write_dataset(
     workers   decoding threads; None: one per core that this process may use
 
     Raises ValueError or OSError (missing or empty source, bad image, existing file, too little space
-    or memory). After an error or interruption no file has the final name.
+    or memory). After an error or interruption no incomplete .beton file has the final name; the names of the images
+    are written last.
     """
     for name, value, choices in (("on_error", on_error, ON_ERROR), ("mode", mode, MODES)):
         if value not in choices:
@@ -117,6 +118,7 @@ def write_dataset(
                     f"({name}): white={storage.white:g} is used; set white={own:g} to use the complete range"
                 )
                 _estimate(pictures, count, out, workers)
+            beton.names_file(out).unlink(missing_ok=True)  # of a file that is overwritten
             beton.write(out, samples(), fields, count, info, overwrite=overwrite)
             beton.write_names(out, record.names)
     except MemoryError as error:
