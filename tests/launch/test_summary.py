@@ -214,6 +214,7 @@ def test_generated_images_of_either_form_are_those_of_the_run(
         evaluated(run, 0.75, test={"source": "spirograph", "fingerprint": f"spirograph-test-2000{form}"})
         text = printed(capfd, run)
         assert "it measured spirograph" not in text, text
+        assert text.startswith("linear_top1; 1 of 1 runs") and rows(text)[2:] == [["all", "0.75"]], text
 
 
 def test_weights_of_the_same_step_but_of_another_training_are_others(
