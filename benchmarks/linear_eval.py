@@ -154,10 +154,11 @@ def work(x: np.ndarray, y: np.ndarray, strengths: list[float], tolerance: float)
     of the maker's rates outside of tensor cores for float32. With 1,000 classes each strength is solved alone.
     """
     from simclr_ddp.evaluation import logistic
+    from simclr_ddp.evaluation.chunks import Features
 
     n, d, k = *x.shape, len(np.unique(y))
     l2 = [logistic.ridge("C", c, n) for c in strengths]
-    features, rows = torch.from_numpy(x), torch.arange(n)
+    features, rows = Features(torch.from_numpy(x)), torch.arange(n)
     found = logistic.solutions(features, torch.from_numpy(y), rows, l2, classes=k, tolerance=tolerance)
     evaluations = sum(s.iterations + 1 for s in found)
     images, width, classes, path = 1_280_000, 2048, 1000, 45

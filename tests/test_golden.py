@@ -21,6 +21,7 @@ from simclr_ddp.data.batches import Batch
 from simclr_ddp.data.dataset import Dataset
 from simclr_ddp.distributed.runtime import Runtime
 from simclr_ddp.evaluation import logistic
+from simclr_ddp.evaluation.chunks import Features
 from simclr_ddp.models import resnet
 from simclr_ddp.training.components import Training, make_training
 from simclr_ddp.training.optim import parameter_groups, set_learning_rate
@@ -336,7 +337,7 @@ def test_the_linear_models_of_invclr() -> None:
     rows = torch.arange(n)
     for strength in (0.001, 0.01):
         for classes, y, name in ((4, labels.long(), "weight"), (0, numbers.double(), "regression_weight")):
-            (ours,) = logistic.solutions(x, y, rows, [strength], classes=classes)
+            (ours,) = logistic.solutions(Features(x), y, rows, [strength], classes=classes)
             torch.testing.assert_close(
                 ours.weight.T.float(), tensor(arrays[f"{name}_{strength}"]), rtol=1e-3, atol=1e-3
             )

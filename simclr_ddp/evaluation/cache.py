@@ -1,10 +1,16 @@
 """Cache of representations: one .safetensors file for each encoder, data set and way to compute them.
 
 A file holds the tensor `h`, what it was computed from (its key), and a checksum. A file that is damaged, or that has
-another key, is not used but replaced. Deleting the files is safe.
+another key, is not used but replaced. Deleting the files is safe. Files are memory maps while they are computed and
+read, so that representations may be larger than the memory.
 """
 
 import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -15,13 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from simclr_ddp.runs.encoder import export_tensors
 from simclr_ddp.system import console
 from simclr_ddp.system.errors import one_line
-from simclr_ddp.system.files import not_a_file, short_hash
+from simclr_ddp.system.files import not_a_file, plain_permissions, short_hash, sync
 
 FOLDER = "representations"  # in a run directory
 DTYPES: dict[str, Any] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+_LEFT_BEHIND = 24 * 3600  # seconds after which an unfinished file is that of a killed process
 
 
 def path_of(folder: Path, name: str, key: dict[str, Any]) -> Path:
@@ -65,16 +71,66 @@ def _mapped(path: Path, key: dict[str, Any], shape: tuple[int, int]) -> Tensor:
     return torch.from_numpy(h)
 
 
-def write(path: Path, key: dict[str, Any], h: Tensor) -> None:
-    """Write representations [n, D]; if there is no room, warn and write nothing."""
-    if not all(bool(part.isfinite().all()) for part in h.split(8192)):
-        return
-    metadata = {"key": json.dumps(key), "sha256": sha256(h.numpy().data).hexdigest()}
+@contextmanager
+def filling(path: Path, key: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield representations [n, D] to fill in a temporary file, which is then completed; not if some are not finite.
+
+    If there is no room, warn and yield memory.
+    """
+    numbers = {torch.float32: "F32", torch.float64: "F64"}[dtype]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        export_tensors(path, {"h": h}, metadata)
+        temporary = _reserve(path, len(_header(key, shape, numbers, "")), shape[0] * shape[1] * dtype.itemsize)
     except OSError as error:
         _warn(path.parent, one_line(error, 80))
+        yield torch.zeros(shape, dtype=dtype)
+        return
+    try:
+        h = np.memmap(temporary, DTYPES[numbers], "r+", len(_header(key, shape, numbers, "")), shape)
+        yield torch.from_numpy(h)
+        if all(np.isfinite(h[first : first + 8192]).all() for first in range(0, len(h), 8192)):
+            _complete(temporary, path, h, _header(key, shape, numbers, sha256(h.data).hexdigest()))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _complete(temporary: Path, path: Path, h: np.memmap, header: bytes) -> None:
+    try:
+        with temporary.open("r+b") as file:
+            file.write(header)
+        h.flush()
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        _warn(path.parent, one_line(error, 80))
+
+
+def _header(key: dict[str, Any], shape: tuple[int, int], numbers: str, checksum: str) -> bytes:
+    """Beginning of a .safetensors file: the length of the JSON that follows, and the JSON."""
+    size = shape[0] * shape[1] * DTYPES[numbers].itemsize
+    metadata = {"key": json.dumps(key), "sha256": checksum.rjust(64)}
+    header = {"__metadata__": metadata, "h": {"dtype": numbers, "shape": shape, "data_offsets": (0, size)}}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _reserve(path: Path, header: int, numbers: int) -> Path:
+    """Create a temporary file beside the path with room for so many bytes. Raises OSError if the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(".*.tmp"):
+        if time.time() - old.stat().st_mtime > _LEFT_BEHIND:
+            old.unlink(missing_ok=True)
+    descriptor, name = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
+    try:
+        os.posix_fallocate(descriptor, 0, header + numbers)
+        plain_permissions(Path(name))
+    except OSError:
+        Path(name).unlink()
+        raise
+    finally:
+        os.close(descriptor)
+    return Path(name)
 
 
 @lru_cache

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from simclr_ddp.evaluation.chunks import chunks
+from simclr_ddp.evaluation.chunks import Features
 
 _SAMPLE = 4  # rows per feature from which the curvature is estimated
 
@@ -13,16 +13,15 @@ _SAMPLE = 4  # rows per feature from which the curvature is estimated
 class CrossEntropy:
     """Mean cross-entropy over the selected samples of models w [..., K, D + 1] (bias last), and its derivatives.
 
-    x       [n, D] float32 or float64
     labels  [n] int64 below `classes`; a class without samples is allowed
     rows    [m] int64, the selected samples
 
     Classes come before samples: for few classes, products and softmax are then twice as fast on a CPU.
     """
 
-    def __init__(self, x: Tensor, labels: Tensor, rows: Tensor, classes: int) -> None:
-        self.x, self.labels, self.rows, self.classes = x, labels, rows, classes
-        self.features, self.device, self.count = x.shape[1], x.device, len(rows)
+    def __init__(self, samples: Features, labels: Tensor, rows: Tensor, classes: int) -> None:
+        self.samples, self.labels, self.rows, self.classes = samples, labels, rows, classes
+        self.features, self.device, self.count = samples.width, samples.device, len(rows)
 
     def at(self, w: Tensor, l2: Sequence[float], dtype: torch.dtype) -> tuple[list[float], Tensor]:
         """Mean cross-entropy + l2 * |W|^2 of the models w [A, K, D + 1] float64, and its gradients, like w.
@@ -49,7 +48,7 @@ class CrossEntropy:
         weight, bias = matrix[:, :-1].contiguous(), matrix[:, -1:]
         loss = torch.zeros(models, dtype=torch.float64, device=w.device)
         gradient = torch.zeros(models * k, d + 1, dtype=torch.float64, device=w.device)
-        for part, z in chunks(self.x, self.rows, models * k, dtype):
+        for part, z in self.samples.chunks(self.rows, models * k, dtype):
             target = self.labels[part].expand(models, 1, -1)
             log_p = torch.addmm(bias, weight, z.T).view(models, k, -1).log_softmax(1)
             loss -= log_p.gather(1, target).sum((1, 2), dtype=torch.float64)
@@ -64,7 +63,7 @@ class CrossEntropy:
         """Sum over the samples `rows` of the averaged Hessian [D + 1, D + 1] float64 at w [K, D + 1] float32."""
         d = self.features
         hessian = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=w.device)
-        for _, z in chunks(self.x, rows, max(d, self.classes), torch.float32):
+        for _, z in self.samples.chunks(rows, max(d, self.classes), torch.float32):
             p = torch.addmm(w[:, -1:], w[:, :-1], z.T).softmax(0)
             weights = (1 - p.square_().sum(0)) / (self.classes - 1)
             scaled = z * weights[:, None]

@@ -1,6 +1,7 @@
 """Representations of a data set by a frozen encoder, computed by all ranks and kept in a cache."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,24 +102,27 @@ def embed(
     key = key_of(weights, dataset, spec, runtime, averaged)
     path = cache.path_of(folder, Path(dataset.source).stem, key) if folder else None
     shape = dataset.count, encoder.width_out
-    kept = cache.read(path, key, shape) if path and collectives.is_main() else None
+    main = collectives.is_main()
+    kept = cache.read(path, key, shape) if path and main else None
     if collectives.broadcast_object(kept is not None):
         console.say(f"{title}: {dataset.count:,} representations are read from {path}")
         return torch.empty(0, encoder.width_out, dtype=runtime.dtype) if kept is None else kept
-    h = representations(
-        encoder,
-        dataset,
-        spec,
-        runtime,
-        averaged=averaged,
-        batch_size=batch_size,
-        workers=workers,
-        loader=loader,
-        title=title,
-    )
-    if path and collectives.is_main():
-        cache.write(path, key, h)
-    return h
+    filling = cache.filling(path, key, shape, runtime.dtype) if path and main else nullcontext(None)
+    with filling as file:
+        h = representations(
+            encoder,
+            dataset,
+            spec,
+            runtime,
+            averaged=averaged,
+            batch_size=batch_size,
+            workers=workers,
+            loader=loader,
+            title=title,
+            out=file,
+        )
+    kept = cache.read(path, key, shape) if path and main and path.exists() else None
+    return h if kept is None else kept
 
 
 @torch.no_grad()
@@ -135,12 +139,14 @@ def representations(
     index: np.ndarray | None = None,
     averaged: Averaging | None = None,
     transform: Callable[[Tensor, Tensor], Tensor] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Compute representations h of evaluation views: [n, D] on the CPU of rank 0, [0, D] on other ranks.
 
     index      [n] positions in the file; None: all images, in the order of the file
     averaged   augmented views whose representations are averaged instead
     transform  function from evaluation views, uint8 [1, B, 3, H, W], and positions [B] to normalised float views
+    out        tensor of rank 0 for the result; None: a new one
 
     The encoder is in evaluation mode, so batch norm uses its running statistics. The result is float32, or float64 with
     precision fp64. Batches of batch_size views are dealt to the ranks in turn and gathered as they finish: every batch
@@ -164,7 +170,7 @@ def representations(
         device=runtime.device,
         boxes=_boxes(dataset, local, averaged, spec),
     )
-    h_all = torch.empty(len(index) if main else 0, encoder.width_out, dtype=runtime.dtype)
+    h_all = torch.empty(len(index) if main else 0, encoder.width_out, dtype=runtime.dtype) if out is None else out
     with console.Progress(len(index), title=title) as progress:
         for first in range(0, len(index), ranks * count):
             block = torch.zeros(1, count, encoder.width_out, dtype=runtime.dtype, device=runtime.device)

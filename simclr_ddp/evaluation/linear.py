@@ -11,6 +11,7 @@ from torch import Tensor
 from simclr_ddp.data.dataset import Dataset
 from simclr_ddp.data.draws import holdout
 from simclr_ddp.evaluation import logistic, scores
+from simclr_ddp.evaluation.chunks import Features
 from simclr_ddp.evaluation.labels import labels_of, number_names
 from simclr_ddp.evaluation.shared_cross_entropy import Helpers, Shared
 from simclr_ddp.system import console
@@ -63,9 +64,8 @@ class Fitted(NamedTuple):
     """Linear model of an encoder, before any test image is used."""
 
     strength: float
-    solution: logistic.Solution  # fitted to all training images, standardised as
-    mean: Tensor  # [D] float64: (features - mean)
-    factor: Tensor  # [D] float64: * factor
+    solution: logistic.Solution  # fitted to all training images
+    features: Features  # of them, standardised
     candidates: list[logistic.Candidate]
 
 
@@ -86,8 +86,6 @@ def evaluate(
 
     validation  images whose representations follow those of `train`, of which they are a part
     helpers     other ranks that sum over the training images with this one
-
-    The representations are overwritten.
     """
     if not (logistic.finite(x_train) and logistic.finite(x_test)):
         raise ValueError(f"representations of the {name} encoder are not finite; use an earlier checkpoint")
@@ -114,18 +112,17 @@ def evaluate(
 def fit(
     x: Tensor, sets: list[Dataset], held: np.ndarray, protocol: Protocol, name: str, helpers: Helpers | None = None
 ) -> Fitted:
-    """Standardise the training representations [n, D] in place, choose the strength, and fit to all of them.
+    """Standardise the training representations [n, D], choose the strength, and fit to all of them.
 
     sets  data sets of the images in this order, with the class numbers of the first
 
     Test images are not used. Means and variances are those of all training images, also while some are held out: a
     strength then means the same in both fits, and no labels enter them.
     """
-    mean, factor = logistic.standardization(x)
-    logistic.standardize_(x, mean, factor)
+    features = logistic.standardized(x)
     strengths = protocol.path
     labels, train = torch.cat([labels_of(dataset, x.device) for dataset in sets]), sets[0]
-    shared = Shared(helpers, x, labels, train.class_count) if helpers and train.has_classes else None
+    shared = Shared(helpers, features, labels, train.class_count) if helpers and train.has_classes else None
     with console.Progress(len(strengths), unit="strengths", title=f"{name} encoder") as progress:
 
         def report(candidate: logistic.Candidate) -> None:
@@ -134,7 +131,7 @@ def fit(
             progress.advance()
 
         strength, solution, candidates = logistic.choose(
-            x,
+            features,
             labels,
             torch.from_numpy(held).to(x.device),
             strengths,
@@ -146,7 +143,7 @@ def fit(
             report=report,
             select=shared.select if shared else None,
         )
-    return Fitted(strength, solution, mean, factor, candidates)
+    return Fitted(strength, solution, features, candidates)
 
 
 def score(fitted: Fitted, x: Tensor, test: Dataset) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -155,18 +152,18 @@ def score(fitted: Fitted, x: Tensor, test: Dataset) -> tuple[dict[str, Any], dic
     The results per image are labels, predictions and ranks of the labels, int64 [n], or squared_error float64 [n], the
     mean over the numbers of an image.
     """
-    logistic.standardize_(x, fitted.mean, fitted.factor)
+    features = Features(x, fitted.features.mean, fitted.features.factor)
     labels, rows = labels_of(test, x.device), torch.arange(len(x), device=x.device)
     if test.has_classes:
         classes = len(fitted.solution.bias)
         found = []
-        for part, z in logistic.chunks(x, rows, classes):
+        for part, z in features.chunks(rows, classes):
             logits = fitted.solution.predict(z)
             found.append((scores.label_ranks(logits, labels[part]), logits.argmax(1)))
         ranks, predictions = (torch.cat(pieces).cpu() for pieces in zip(*found, strict=True))
         arrays = {"labels": labels.cpu().numpy(), "predictions": predictions.numpy(), "ranks": ranks.numpy()}
         return classification_metrics(ranks, labels.cpu(), classes), arrays
-    prediction = logistic.predict(fitted.solution, x, rows)
+    prediction = logistic.predict(fitted.solution, features, rows)
     errors = (prediction - labels).square().mean(1)
     return regression_metrics(prediction, labels, test), {"squared_error": errors.cpu().numpy()}
 

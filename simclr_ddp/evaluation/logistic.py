@@ -5,7 +5,7 @@ published conventions to this l2. The loss of a sample is its cross-entropy, or 
 numbers.
 
 Sums over samples are in float64, on any device and for features of any precision: rows are converted in chunks. Memory
-holds the features, a chunk, and a few matrices [D, D] and [D, K] per strength.
+holds a chunk and a few matrices [D, D] and [D, K] per strength; the features may be a memory-mapped file.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from simclr_ddp.evaluation import scores
-from simclr_ddp.evaluation.chunks import chunk_rows, chunks, sum_over
+from simclr_ddp.evaluation.chunks import Features, chunk_rows, sum_over
 from simclr_ddp.evaluation.cross_entropy import CrossEntropy
 from simclr_ddp.evaluation.logistic_path import Solution, logistic_path
 
@@ -54,26 +54,20 @@ def finite(x: Tensor) -> bool:
     return all(bool(piece.isfinite().all()) for piece in x.split(chunk_rows(x)))
 
 
-def standardization(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of the features and factors that scale them to variance 1, float64 [D], [D]; 0 for constant features.
+def standardized(x: Tensor) -> Features:
+    """Features of mean 0 and variance 1 over x [n, D]; constant ones are 0.
 
     A feature that varies by less than float32 rounding counts as constant: scaling it would amplify noise.
     """
-    rows = torch.arange(len(x), device=x.device)
-    mean = sum_over(z.sum(0) for _, z in chunks(x, rows)) / len(x)
-    std = (sum_over((z - mean).square().sum(0) for _, z in chunks(x, rows)) / len(x)).sqrt()
+    rows, plain = torch.arange(len(x), device=x.device), Features(x)
+    mean = sum_over(z.sum(0) for _, z in plain.chunks(rows)) / len(x)
+    std = (sum_over((z - mean).square().sum(0) for _, z in plain.chunks(rows)) / len(x)).sqrt()
     size = (mean.square() + std.square()).sqrt()
-    return mean, torch.where(std > 1e-5 * size, 1 / std, 0)
-
-
-def standardize_(x: Tensor, mean: Tensor, factor: Tensor) -> None:
-    """Compute (x - mean) * factor in place."""
-    for piece in x.split(chunk_rows(x)):
-        piece.copy_((piece.double() - mean) * factor)
+    return Features(x, mean, torch.where(std > 1e-5 * size, 1 / std, 0))
 
 
 def choose(
-    x: Tensor,
+    features: Features,
     labels: Tensor,
     held: Tensor,
     strengths: Sequence[float],
@@ -88,17 +82,16 @@ def choose(
 ) -> tuple[float, Solution, list[Candidate]]:
     """Choose the strength that is best on the held-out samples, and fit a model with it to all samples.
 
-    x        [n, D] float32 or float64
     labels   [n] int64, or [n, K] float64 numbers with classes = 0
     held     [n] bool, the samples for scoring; ignored if there is only one strength
     metric   of classes, by which strengths are compared: top1 or mean_per_class
     report   called with every candidate
-    select   cross-entropy over the samples [m] of x, if it is not computed by this process alone
+    select   cross-entropy over the samples [m], if it is not computed by this process alone
 
     Candidates are reported as they are fitted, and returned from the strongest penalty to the weakest; among equal
     scores the strongest penalty wins. Returns strength, model and candidates ([] without a choice).
     """
-    everything = torch.arange(len(x), device=x.device)
+    everything = torch.arange(features.count, device=features.device)
     settings: dict[str, Any] = {
         "classes": classes,
         "tolerance": tolerance,
@@ -111,25 +104,26 @@ def choose(
     if len(strengths) > 1:
         fitted, scored = everything[~held], everything[held]
         l2_of = {s: ridge(convention, s, len(fitted)) for s in strengths}
-        for i, solution in _solved(x, labels, fitted, list(l2_of.values()), **settings):
+        for i, solution in _solved(features, labels, fitted, list(l2_of.values()), **settings):
             strength = list(l2_of)[i]
             if classes:
-                correct = label_ranks(solution, x, labels, scored) == 0
+                correct = label_ranks(solution, features, labels, scored) == 0
                 per_class = metric == "mean_per_class"
                 score = scores.mean_per_class(correct, labels[scored]) if per_class else scores.accuracy(correct)
             else:
-                score = scores.squared_errors(predict(solution, x, scored), labels[scored]).mean().item()
+                score = scores.squared_errors(predict(solution, features, scored), labels[scored]).mean().item()
             found.append((Candidate(strength, l2_of[strength], score, *solution[2:]), solution))
             report(found[-1][0])
         found.sort(key=lambda pair: pair[0].l2, reverse=True)
         best, start = min(found, key=lambda pair: -pair[0].score if classes else pair[0].score)
         chosen = best.strength
-    (solution,) = solutions(x, labels, everything, [ridge(convention, chosen, len(x))], start=start, **settings)
+    l2 = [ridge(convention, chosen, features.count)]
+    (solution,) = solutions(features, labels, everything, l2, start=start, **settings)
     return chosen, solution, [candidate for candidate, _ in found]
 
 
 def solutions(
-    x: Tensor,
+    features: Features,
     labels: Tensor,
     rows: Tensor,
     l2: Sequence[float],
@@ -140,7 +134,7 @@ def solutions(
     start: Solution | None = None,
     select: Callable[[Tensor], CrossEntropy] | None = None,
 ) -> list[Solution]:
-    """Linear models of x[rows] and labels[rows] for each l2; x and labels are those of `choose`.
+    """Linear models of the rows' features and labels for each l2; the labels are those of `choose`.
 
     rows       [m] int64
     start      initial weights, zeros by default; closed forms need none
@@ -152,12 +146,12 @@ def solutions(
         "start": start,
         "select": select,
     }
-    found = dict(_solved(x, labels, rows, l2, **settings))
+    found = dict(_solved(features, labels, rows, l2, **settings))
     return [found[i] for i in range(len(l2))]
 
 
 def _solved(
-    x: Tensor,
+    features: Features,
     labels: Tensor,
     rows: Tensor,
     l2: Sequence[float],
@@ -168,22 +162,23 @@ def _solved(
 ) -> Iterator[tuple[int, Solution]]:
     """Yield (position in l2, linear model) in the order in which they are solved."""
     if classes:
-        return logistic_path(select(rows) if select else CrossEntropy(x, labels, rows, classes), l2, **settings)
-    return enumerate(_ridge_regressions(x, labels, rows, l2))
+        data = select(rows) if select else CrossEntropy(features, labels, rows, classes)
+        return logistic_path(data, l2, **settings)
+    return enumerate(_ridge_regressions(features, labels, rows, l2))
 
 
-def predict(solution: Solution, x: Tensor, rows: Tensor) -> Tensor:
-    """Predictions for the rows [m] of x [n, D]: [m, K] float64."""
-    return torch.cat([solution.predict(z) for _, z in chunks(x, rows)])
+def predict(solution: Solution, features: Features, rows: Tensor) -> Tensor:
+    """Predictions for the rows [m]: [m, K] float64."""
+    return torch.cat([solution.predict(z) for _, z in features.chunks(rows)])
 
 
-def label_ranks(solution: Solution, x: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+def label_ranks(solution: Solution, features: Features, labels: Tensor, rows: Tensor) -> Tensor:
     """Rank of the correct class in the prediction for each of the rows, int64 [m]; 0 is correct."""
-    pieces = chunks(x, rows, solution.weight.shape[1])
+    pieces = features.chunks(rows, solution.weight.shape[1])
     return torch.cat([scores.label_ranks(solution.predict(z), labels[part]) for part, z in pieces])
 
 
-def _ridge_regressions(x: Tensor, targets: Tensor, rows: Tensor, l2: Sequence[float]) -> Iterator[Solution]:
+def _ridge_regressions(features: Features, targets: Tensor, rows: Tensor, l2: Sequence[float]) -> Iterator[Solution]:
     """Yield minima of mean squared error + l2 * |W|^2, in closed form from one decomposition of the covariance.
 
     targets  [n, K] float64
@@ -192,9 +187,9 @@ def _ridge_regressions(x: Tensor, targets: Tensor, rows: Tensor, l2: Sequence[fl
     solution has the smallest norm.
     """
     n, k = len(rows), targets.shape[1]
-    mean, target_mean = sum_over(z.sum(0) for _, z in chunks(x, rows)) / n, targets[rows].mean(0)
-    covariance = sum_over((z - mean).T @ (z - mean) for _, z in chunks(x, rows, x.shape[1])) / n
-    cross = sum_over((z - mean).T @ (targets[part] - target_mean) for part, z in chunks(x, rows)) / n
+    mean, target_mean = sum_over(z.sum(0) for _, z in features.chunks(rows)) / n, targets[rows].mean(0)
+    covariance = sum_over((z - mean).T @ (z - mean) for _, z in features.chunks(rows, features.width)) / n
+    cross = sum_over((z - mean).T @ (targets[part] - target_mean) for part, z in features.chunks(rows)) / n
     values, vectors = torch.linalg.eigh(covariance)
     for strength in l2:
         spectrum = values.clamp_min(0) + strength * k

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from simclr_ddp.evaluation import logistic, logistic_path
+from simclr_ddp.evaluation.chunks import Features
 
 Array = TypeVar("Array", Tensor, np.ndarray)
 
@@ -48,7 +49,7 @@ def fit_logistic_path(
         raise ValueError(fault)
     rows = torch.arange(len(features), device=features.device)
     l2 = [logistic.ridge(convention, strength, len(rows)) for strength in strengths]
-    found = logistic.solutions(features, labels, rows, l2, classes=len(names), tolerance=tolerance)
+    found = logistic.solutions(Features(features), labels, rows, l2, classes=len(names), tolerance=tolerance)
     short = [s.gradient for s in found if not s.converged]
     if short:
         warnings.warn(

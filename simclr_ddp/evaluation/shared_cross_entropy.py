@@ -3,7 +3,7 @@
 Rank 0 sends the features once, of which every rank keeps its part. For a pass it sends the models, and all ranks sum
 over their parts: two transfers of the size of the gradient. Only rank 0 takes decisions, so ranks of different machines
 can't disagree. W ranks add the same terms in another order than one, so solutions are equal within the tolerance, not
-bit for bit. Rank 0 keeps all features, so ranks of one machine hold them twice.
+bit for bit. Rank 0 has all features, in memory or in a file.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from simclr_ddp.distributed import collectives
+from simclr_ddp.evaluation.chunks import Features
 from simclr_ddp.evaluation.cross_entropy import CrossEntropy
 
 _PIECE = 2**24  # numbers of the features that are sent at once
@@ -30,13 +31,15 @@ class Helpers:
 
 
 class Shared:
-    """Features x [n, D] and labels [n] below `classes`, of which every rank keeps a part; samples are then selected."""
+    """Features and labels [n] below `classes`, of which every rank keeps a part; samples are then selected."""
 
-    def __init__(self, helpers: Helpers, x: Tensor, labels: Tensor, classes: int) -> None:
-        self.helpers, self.x, self.labels, self.classes = helpers, x, labels, classes
-        helpers.give(sizes=torch.tensor([*x.shape, classes]))
-        for part in torch.arange(len(x)).split(max(1, _PIECE // x.shape[1])):
-            helpers.give(x=x[part], labels=labels[part])
+    def __init__(self, helpers: Helpers, samples: Features, labels: Tensor, classes: int) -> None:
+        self.helpers, self.samples, self.labels, self.classes = helpers, samples, labels, classes
+        scaling = {"mean": samples.mean, "factor": samples.factor}
+        sizes = torch.tensor([samples.count, samples.width, classes])
+        helpers.give(sizes=sizes, **{name: tensor for name, tensor in scaling.items() if tensor is not None})
+        for part in torch.arange(samples.count).split(max(1, _PIECE // samples.width)):
+            helpers.give(x=samples.x[part], labels=labels[part])
 
     def select(self, rows: Tensor) -> CrossEntropy:
         """Cross-entropy over the samples `rows` [m], int64."""
@@ -48,9 +51,10 @@ class _SharedCrossEntropy(CrossEntropy):
     """Rank 0's: the sums of its own samples and of the other ranks'."""
 
     def __init__(self, shared: Shared, rows: Tensor) -> None:
-        super().__init__(shared.x, shared.labels, rows, shared.classes)
+        super().__init__(shared.samples, shared.labels, rows, shared.classes)
         self._helpers = shared.helpers
-        self._own = CrossEntropy(shared.x, shared.labels, _part(rows, len(shared.x)), shared.classes)
+        own = _part(rows, shared.samples.count)
+        self._own = CrossEntropy(shared.samples, shared.labels, own, shared.classes)
 
     def sums(self, w: Tensor) -> tuple[Tensor, Tensor]:
         self._helpers.give(models=w)
@@ -58,7 +62,7 @@ class _SharedCrossEntropy(CrossEntropy):
 
     def hessian_sum(self, w: Tensor, rows: Tensor) -> Tensor:
         self._helpers.give(model=w, of_rows=rows)
-        return collectives.all_reduce_sum(self._own.hessian_sum(w, _part(rows, len(self.x))))
+        return collectives.all_reduce_sum(self._own.hessian_sum(w, _part(rows, self.samples.count)))
 
 
 @contextmanager
@@ -80,6 +84,7 @@ def _help(wait: Callable[[], None], device: torch.device) -> None:
     """Do what rank 0 asks for, until it gives nothing more."""
     n = features = classes = seen = filled = 0
     x = labels = torch.empty(0)
+    scaling: dict[str, Tensor] = {}
     selected: CrossEntropy | None = None
     while True:
         wait()
@@ -87,7 +92,8 @@ def _help(wait: Callable[[], None], device: torch.device) -> None:
         if not given:
             return
         if "sizes" in given:
-            n, features, classes = given["sizes"].tolist()
+            n, features, classes = given.pop("sizes").tolist()
+            scaling = {name: tensor.to(device) for name, tensor in given.items()}
             seen = filled = 0
         elif "x" in given:  # the next samples, of which some may belong to this rank
             mine = _part(torch.arange(seen, seen + len(given["x"])), n) - seen
@@ -99,7 +105,8 @@ def _help(wait: Callable[[], None], device: torch.device) -> None:
             x[place], labels[place] = given["x"][mine], given["labels"][mine]
             seen, filled = seen + len(given["x"]), filled + len(mine)
         elif "rows" in given:
-            selected = CrossEntropy(x, labels, _local(given["rows"], n).to(device), classes)
+            rows = _local(given["rows"], n).to(device)
+            selected = CrossEntropy(Features(x, **scaling), labels, rows, classes)
         elif "models" in given and selected:
             _sums(selected, given["models"].to(device))
         elif selected:

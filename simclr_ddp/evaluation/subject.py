@@ -149,7 +149,7 @@ def encoders(
             x_held = of_images(encoder, weights, subject.validation, title=f"{name} encoder, validation")
             x_train = torch.cat([x_train, x_held])
         if same:
-            x_test = x_train[: subject.train.count].clone()
+            x_test = x_train[: subject.train.count]
         else:
             x_test = of_images(encoder, weights, subject.test, title=f"{name} encoder, test")
         yield name, x_train, x_test, round(time.perf_counter() - begin, 3)

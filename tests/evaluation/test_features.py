@@ -1,7 +1,9 @@
 """Representations: averages over views, equal bytes on any number of ranks, and the cache."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +170,39 @@ def test_a_cache_is_read_and_is_not_changed_by_what_is_done_with_it(
     content = file.read_bytes()
     again = cached(loaded, images, tmp_path)
     assert torch.equal(first, again) and len(forwards) == 1 and f"read from {file}" in capfd.readouterr().out
-    again.zero_()  # as a linear evaluation does, which standardises in place
-    assert file.read_bytes() == content and torch.equal(cached(loaded, images, tmp_path), first)
+    expected = first.clone()
+    first.zero_()
+    again.zero_()
+    assert file.read_bytes() == content and torch.equal(cached(loaded, images, tmp_path), expected)
     with safe_open(file, "np") as opened:
-        assert np.array_equal(opened.get_tensor("h"), first.numpy())
+        assert np.array_equal(opened.get_tensor("h"), expected.numpy())
     assert len(forwards) == 1
+
+
+def test_representations_are_computed_into_the_file(
+    run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So they need no memory; a failure leaves nothing behind, and what a killed process left is deleted."""
+    folder = tmp_path / cache.FOLDER
+    folder.mkdir()
+    young, old = folder / ".young.tmp", folder / ".old.tmp"
+    for left in (young, old):
+        left.touch()
+    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    sizes: list[int] = []
+
+    def fail(*_: Any, out: Tensor, **__: Any) -> Tensor:
+        out[1] = 1
+        (file,) = set(folder.iterdir()) - {young}
+        sizes.append(file.stat().st_size)
+        assert np.frombuffer(file.read_bytes()[-out.nbytes :], np.float32).sum() == out.shape[1]
+        raise ValueError("stopped")
+
+    monkeypatch.setattr(features, "representations", fail)
+    loaded = load_encoder(run)
+    with pytest.raises(ValueError, match="stopped"):
+        cached(loaded, images, tmp_path)
+    assert sizes and list(folder.iterdir()) == [young]
 
 
 def test_other_settings_have_another_cache(run: Path, images: Path, tmp_path: Path, forwards: list[str]) -> None:
@@ -192,7 +222,7 @@ def test_a_damaged_or_foreign_cache_is_replaced_with_a_warning(
     run: Path, images: Path, tmp_path: Path, forwards: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     loaded = load_encoder(run)
-    expected = cached(loaded, images, tmp_path)
+    expected = cached(loaded, images, tmp_path).clone()
     (file,) = (tmp_path / cache.FOLDER).iterdir()
     good = file.read_bytes()
     cached(loaded._replace(hash="of other weights"), images, tmp_path / "other")

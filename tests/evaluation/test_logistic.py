@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simclr_ddp.evaluation import logistic
-from simclr_ddp.evaluation.chunks import CHUNK
+from simclr_ddp.evaluation.chunks import CHUNK, Features
 from simclr_ddp.evaluation.lbfgs import Place, line_search
 from simclr_ddp.evaluation.logistic import Solution, choose, ridge, solutions
 
@@ -29,7 +29,7 @@ def samples(n: int = 120, d: int = 6, k: int = 4, seed: int = 0, sharpness: floa
 
 def fit(x: Tensor, labels: Tensor, l2: float, classes: int = 4, **more: Any) -> Solution:
     """The linear model of all samples at one l2."""
-    (solution,) = solutions(x, labels, torch.arange(len(x)), [l2], classes=classes, **more)
+    (solution,) = solutions(Features(x), labels, torch.arange(len(x)), [l2], classes=classes, **more)
     return solution
 
 
@@ -150,7 +150,7 @@ def test_features_that_say_nothing_leave_the_frequencies() -> None:
 def test_a_path_ends_where_cold_starts_do() -> None:
     x, labels = samples(400, 10)
     rows, path = torch.arange(400), [1e-2, 1e-3, 5e-4, 1e-4, 1e-5]
-    warm = list(solutions(x, labels, rows, path, classes=4, tolerance=1e-10))
+    warm = list(solutions(Features(x), labels, rows, path, classes=4, tolerance=1e-10))
     cold = [fit(x, labels, l2, tolerance=1e-10) for l2 in path]
     for one, other in zip(warm, cold, strict=True):
         assert one.converged and other.converged
@@ -228,7 +228,7 @@ def test_the_strength_is_chosen_on_the_held_out_and_refitted_to_all(convention: 
     x = (x - x.mean(0)) / x.std(0)
     held = torch.arange(400) % 4 == 0
     strengths = [1e-5, 1e-1, 1e-3, 10.0, 1e-2]
-    chosen, solution, tried = choose(x, labels, held, strengths, convention, classes=4, tolerance=1e-8)
+    chosen, solution, tried = choose(Features(x), labels, held, strengths, convention, classes=4, tolerance=1e-8)
     assert [t.strength for t in tried] == sorted(strengths, reverse=convention == "mean")
     assert [t.l2 for t in tried] == sorted((ridge(convention, s, 300) for s in strengths), reverse=True)
     for t in tried:
@@ -246,7 +246,7 @@ def test_held_out_labels_do_not_reach_the_fits_that_they_judge() -> None:
     x, labels = samples(200)
     held = torch.arange(200) < 50
     wrong = torch.where(held, (labels + 1) % 4, labels)
-    (*_, tried), (*_, judged) = (choose(x, y, held, [1e-1, 1e-3], "mean", classes=4) for y in (labels, wrong))
+    (*_, tried), (*_, judged) = (choose(Features(x), y, held, [1e-1, 1e-3], "mean", classes=4) for y in (labels, wrong))
     assert [t.gradient for t in tried] == [t.gradient for t in judged]
     assert all(a.score > b.score for a, b in zip(tried, judged, strict=True))
 
@@ -256,9 +256,9 @@ def test_of_equal_strengths_the_strongest_penalty_and_of_one_no_choice() -> None
     labels[:] = (x[:, 5] > x[:, 5].median()).long()
     x[:, 5] += 100 * labels
     for convention, strengths, strongest in (("mean", [1e-3, 1e-2, 1e-4], 1e-2), ("C", [10.0, 100.0, 1000.0], 10.0)):
-        chosen, _, tried = choose(x, labels, torch.arange(120) < 30, strengths, convention, classes=2)
+        chosen, _, tried = choose(Features(x), labels, torch.arange(120) < 30, strengths, convention, classes=2)
         assert {t.score for t in tried} == {1.0} and chosen == strongest
-    chosen, solution, tried = choose(x, labels, torch.zeros(120, dtype=torch.bool), [1e-3], "mean", classes=2)
+    chosen, solution, tried = choose(Features(x), labels, torch.zeros(120, dtype=torch.bool), [1e-3], "mean", classes=2)
     assert tried == [] and chosen == 1e-3 and solution.converged
 
 
@@ -266,7 +266,7 @@ def test_of_equal_strengths_the_strongest_penalty_and_of_one_no_choice() -> None
 def test_a_class_may_be_missing_on_either_side_of_the_split(judging: bool) -> None:
     x, labels = samples()
     held = (torch.arange(120) % 3 == 0) & (labels != 3) if judging else labels == 3
-    *_, tried = choose(x, labels, held, [1e-2, 1e-4], "mean", classes=4)
+    *_, tried = choose(Features(x), labels, held, [1e-2, 1e-4], "mean", classes=4)
     assert all(t.converged for t in tried)
     assert all((t.score == 0) is not judging for t in tried)
 
@@ -275,7 +275,7 @@ def test_numbers_are_chosen_by_mean_squared_error() -> None:
     x, _ = samples(80, 40)
     y = torch.from_numpy(np.random.default_rng(1).normal(size=(80, 2))) + x[:, -2:] / 10
     held = torch.arange(80) % 4 == 0
-    chosen, solution, tried = choose(x, y, held, [1e-9, 1e-2, 1e-1, 1e4], "mean", classes=0)
+    chosen, solution, tried = choose(Features(x), y, held, [1e-9, 1e-2, 1e-1, 1e4], "mean", classes=0)
     for t in tried:
         alone = fit(x[~held], y[~held], t.l2, 0)
         assert t.score == pytest.approx(((alone.predict(x[held]) - y[held]) ** 2).mean().item())
@@ -292,9 +292,11 @@ def test_features_are_standardised() -> None:
     x = torch.randn(50, 3, generator=generator, dtype=torch.float64) * torch.tensor([2, 1, 1e-7]) + 5
     x_test = torch.ones(2, 3, dtype=torch.float64)
     expected = (1 - x.mean(0)) / x.std(0, correction=0)
-    mean, factor = logistic.standardization(x)
-    for features in (x, x_test):
-        logistic.standardize_(features, mean, factor)
+    kept, fitted = x.clone(), logistic.standardized(x)
+    ((_, z),) = fitted.chunks(torch.arange(50))
+    ((_, z_test),) = Features(x_test, fitted.mean, fitted.factor).chunks(torch.arange(2))
+    assert torch.equal(x, kept)
+    x, x_test = z, z_test
     torch.testing.assert_close(x[:, :2].mean(0), torch.zeros(2, dtype=torch.float64))
     torch.testing.assert_close(x[:, :2].square().mean(0), torch.ones(2, dtype=torch.float64))
     torch.testing.assert_close(x_test[0, :2], expected[:2])
@@ -308,11 +310,11 @@ def test_chunks_and_float32_change_nothing(classes: int, monkeypatch: pytest.Mon
         labels = x[:, :2].square()
     x = x.float()
     arguments = (labels, torch.arange(200) % 5 == 0, [1.0, 1e-2, 1e-4], "mean")
-    chosen, solution, tried = choose(x, *arguments, classes=classes, tolerance=1e-9)
-    exact = choose(x.double(), *arguments, classes=classes, tolerance=1e-9)
+    chosen, solution, tried = choose(Features(x), *arguments, classes=classes, tolerance=1e-9)
+    exact = choose(Features(x.double()), *arguments, classes=classes, tolerance=1e-9)
     assert torch.equal(solution.weight, exact[1].weight) and tried == exact[2]
     monkeypatch.setitem(CHUNK, "cpu", 7 * 12)
-    again, other, retried = choose(x, *arguments, classes=classes, tolerance=1e-9)
+    again, other, retried = choose(Features(x), *arguments, classes=classes, tolerance=1e-9)
     assert again == chosen and [t.score for t in retried] == pytest.approx([t.score for t in tried])
     torch.testing.assert_close(other.weight, solution.weight, rtol=1e-5, atol=1e-7)
 
@@ -340,9 +342,9 @@ def test_features_are_never_copied(classes: int, monkeypatch: pytest.MonkeyPatch
     labels = torch.arange(n) % classes if classes else x[:, :2].double()
     with Largest(x) as largest:
         assert logistic.finite(x)
-        logistic.standardize_(x, *logistic.standardization(x))
-        _, solution, _ = choose(x, labels, torch.arange(n) % 10 == 0, [1e-1, 1e-3], "mean", classes=classes)
+        features = logistic.standardized(x)
+        _, solution, _ = choose(features, labels, torch.arange(n) % 10 == 0, [1e-1, 1e-3], "mean", classes=classes)
         if classes:
-            logistic.label_ranks(solution, x, labels, torch.arange(n))
+            logistic.label_ranks(solution, features, labels, torch.arange(n))
     # A chunk in float64 is 2^15 bytes, an index or two columns of numbers 2^16; the features are 2^19.
     assert 2**15 <= largest.bytes < 2**17 < x.nbytes

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from simclr_ddp.distributed import collectives
 from simclr_ddp.evaluation import logistic
+from simclr_ddp.evaluation.chunks import Features
 from simclr_ddp.evaluation.cross_entropy import CrossEntropy
 from simclr_ddp.evaluation.shared_cross_entropy import Shared, helping
 from tests.support.ranks import Ranks
@@ -28,9 +29,10 @@ def solve(n: int) -> tuple[Tensor, Tensor, list[float]]:
         if not collectives.is_main():
             return torch.empty(0), torch.empty(0), []
         x, labels, held = samples(n)
-        select = Shared(helpers, x, labels, CLASSES).select if helpers else None
+        features = logistic.standardized(x)
+        select = Shared(helpers, features, labels, CLASSES).select if helpers else None
         _, model, candidates = logistic.choose(
-            x, labels, held, STRENGTHS, "C", classes=CLASSES, tolerance=1e-10, select=select
+            features, labels, held, STRENGTHS, "C", classes=CLASSES, tolerance=1e-10, select=select
         )
         return model.weight, model.bias, [c.score for c in candidates]
 
@@ -41,7 +43,7 @@ def sums_of(n: int) -> tuple[Tensor, Tensor]:
         if helpers is None:
             return torch.empty(0), torch.empty(0)
         x, labels, held = samples(n)
-        shared = Shared(helpers, x, labels, CLASSES).select(torch.arange(n)[held])
+        shared = Shared(helpers, Features(x), labels, CLASSES).select(torch.arange(n)[held])
         loss, gradient = shared.sums(torch.ones(2, CLASSES, 6, dtype=torch.float64))
         return torch.cat([loss, gradient.flatten()]), shared.hessian_sum(torch.ones(CLASSES, 6), torch.arange(0, n, 3))
 
@@ -59,7 +61,7 @@ def test_any_ranks_find_the_solution_of_one(ranks: Ranks) -> None:
 @pytest.mark.parametrize("n", (3, 40))
 def test_sums_over_ranks_are_those_of_one_process(ranks: Ranks, n: int) -> None:
     x, labels, held = samples(n)
-    alone = CrossEntropy(x, labels, torch.arange(n)[held], CLASSES)
+    alone = CrossEntropy(Features(x), labels, torch.arange(n)[held], CLASSES)
     loss, gradient = alone.sums(torch.ones(2, CLASSES, 6, dtype=torch.float64))
     expected = alone.hessian_sum(torch.ones(CLASSES, 6), torch.arange(0, n, 3))
     for world_size in (2, 4):  # with three samples on four ranks, one has none
