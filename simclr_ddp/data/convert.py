@@ -22,6 +22,7 @@ MODES = ("auto", "jpeg", "raw")
 ORIENTATION = 0x0112  # EXIF
 LONGEST_JPEG = 65500  # libjpeg's limit of a side
 MAX_PIXELS = 100_000_000  # default of max_pixels
+DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # modes of Pillow for more than 8 bits
 LARGE = 25_000_000  # pixels of an image whose cost is shown
 
 
@@ -147,7 +148,7 @@ def convert(data: bytes, storage: Storage) -> Stored:
         image = ImageOps.exif_transpose(image)
     if _transparent(image):
         why.append("transparency over white")
-    return _timed(Stored(encode(_rgb(image), storage.quality, raw=raw), ", ".join(why), range=found_range))
+    return _timed(Stored(encode(rgb(image), storage.quality, raw=raw), ", ".join(why), range=found_range))
 
 
 def _timed(stored: Stored) -> Stored:
@@ -164,7 +165,7 @@ def _transparent(image: Image.Image) -> bool:
     return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
     """Convert to RGB: transparent pixels over white."""
     if _transparent(image):
         image = image.convert("RGBA")
@@ -174,9 +175,10 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def encode(rgb: Image.Image, quality: int, *, raw: bool) -> Picture:
+def encode(image: Image.Image, quality: int, *, raw: bool) -> Picture:
+    """Store an RGB image as it is, or as JPEG."""
     if raw:
-        return Picture(rgb.tobytes(), rgb.height, rgb.width, raw=True)
+        return Picture(image.tobytes(), image.height, image.width, raw=True)
     buffer = io.BytesIO()
-    rgb.save(buffer, "JPEG", quality=quality)
-    return Picture(buffer.getvalue(), rgb.height, rgb.width, raw=False)
+    image.save(buffer, "JPEG", quality=quality)
+    return Picture(buffer.getvalue(), image.height, image.width, raw=False)

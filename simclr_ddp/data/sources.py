@@ -1,4 +1,4 @@
-"""Sources of write_dataset: a folder of images, CIFAR, or the generated Spirograph set."""
+"""Sources of write_dataset: a folder of images, CIFAR, the generated Spirograph set, or a data set in Python."""
 
 import threading
 from pathlib import Path
@@ -9,6 +9,7 @@ from PIL import Image
 from simclr_ddp.data import beton, draws
 from simclr_ddp.data.cifar import CIFAR, download, read_cifar
 from simclr_ddp.data.convert import Source, Storage, Stored, convert_file, encode
+from simclr_ddp.data.items import Items, read_items
 from simclr_ddp.data.layouts import read_folder
 from simclr_ddp.data.walk import SUFFIXES
 from simclr_ddp.system.console import printable, say
@@ -16,8 +17,10 @@ from simclr_ddp.system.console import printable, say
 GIVE = f"give a folder of images, {', '.join(CIFAR)} or spirograph"
 
 
-def find(source: str, *, split: str | None, storage: Storage, images: int | None) -> Source:
+def find(source: str | Items, *, split: str | None, storage: Storage, images: int | None) -> Source:
     """Find the data set of that name or in that folder, without decoding images."""
+    if not isinstance(source, str):
+        return read_items(source, split or "train", storage)
     if source == "spirograph":
         split = split or "train"
         return _spirograph(split, images or (20_000 if split == "test" else 100_000), storage.quality, storage.mode)

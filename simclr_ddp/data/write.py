@@ -16,6 +16,7 @@ from simclr_ddp import __version__
 from simclr_ddp.data import beton, jpeg_damage
 from simclr_ddp.data.convert import LARGE, MAX_PIXELS, MODES, Source, Storage, Stored
 from simclr_ddp.data.deep_pixels import Range, TooBright
+from simclr_ddp.data.items import Items
 from simclr_ddp.data.sources import find
 from simclr_ddp.system.console import duration, printable, progress, say, warn
 from simclr_ddp.system.machine import cores
@@ -26,8 +27,8 @@ PROBED = 256  # images that are converted first to estimate space and time
 
 
 def write_dataset(
-    source: str,
-    out: Path,
+    source: str | Items,
+    out: str | Path,
     *,
     split: str | None = None,
     on_error: str = "stop",
@@ -41,12 +42,14 @@ def write_dataset(
 ) -> None:
     """Write `source` to `out`, its sidecar and its file of names, and print progress; see the command write_dataset.
 
+    source    a folder of images, a name (cifar10, cifar100, spirograph), or a map-style data set whose items are PIL
+              images or (PIL image, class), which are read in threads; workers=1 reads one after the other
     split     split of a named data set (None: train), or of a folder with subfolders such as train and test
     on_error  "stop" if an image is damaged or can't be decoded, after all such images are named;
               "skip" them and list them in the sidecar; or "keep" and list damaged JPEGs that can be decoded
     quality   JPEG quality of images that must be encoded
     mode      "jpeg" or "raw" (lossless, large) for all; "auto" is JPEG for image files and raw for pixels that were
-              never in a file (CIFAR, Spirograph)
+              never in a file (CIFAR, Spirograph, items of a data set in Python)
     white     value to store as white of pixels with more than 8 bits; None: the largest of the file's format or, if the
               first images use less than a quarter of it, of the bits in use
     max_pixels  largest number of pixels of an image
@@ -60,6 +63,7 @@ def write_dataset(
     for name, value, choices in (("on_error", on_error, ON_ERROR), ("mode", mode, MODES)):
         if value not in choices:
             raise ValueError(f"{name}={value}: unknown value; choose {' or '.join(choices)}")
+    out = Path(out)
     if out.suffix != ".beton":
         raise ValueError(f"out={out}: does not end in .beton; the arguments are SOURCE OUT.beton")
     if out.exists() and not overwrite:
@@ -82,7 +86,7 @@ def write_dataset(
     for left in sorted(out.parent.glob(f"{out.name}*.partial-*")):
         say(f"note: {left} belongs to a run that is still writing or was killed; remove it in the latter case")
 
-    info: dict[str, Any] = {"tool": f"simclr_ddp {__version__}", "source": printable(source), "split": split or "train"}
+    info: dict[str, Any] = {"tool": f"simclr_ddp {__version__}", "source": _name(source), "split": split or "train"}
     info |= {"label_kind": "none", "classes": None, "numbers": None, "nuisance": None} | pictures.info
     record = _Record()
     info |= record.info
@@ -123,7 +127,7 @@ def write_dataset(
             beton.write_names(out, record.names)
     except MemoryError as error:
         raise OSError(
-            f"out of memory ({str(error) or source}); free some, or raise the limit of this process or job"
+            f"out of memory ({str(error) or _name(source)}); free some, or raise the limit of this process or job"
         ) from error
     stored = record.info["stored"]
     say(
@@ -132,6 +136,10 @@ def write_dataset(
         f"{info['skipped']['count']:,} left out"
     )
     record.print(beton.sidecar(out))
+
+
+def _name(source: str | Items) -> str:
+    return printable(source) if isinstance(source, str) else type(source).__name__
 
 
 class _Record:

@@ -129,7 +129,7 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 
 class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm with mean and variance over the samples of all ranks, for [B, C] or [B, C, H, W].
+    """Batch norm with mean and variance over the samples of all ranks, for [B, C, ...]; `convert` puts it into a model.
 
     It needs one all-reduce of 2C numbers in each direction, on CPU and CUDA. It is differentiable twice, unlike torch's
     SyncBatchNorm, whose backward all-reduce is hidden from autograd. Statistics are float32 or wider; all ranks must
@@ -145,9 +145,19 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not shift:
             self.register_parameter("bias", None)
 
+    @classmethod
+    def convert(cls, model: nn.Module) -> nn.Module:
+        """Replace the BatchNorm1d, 2d, 3d and SyncBatchNorm of a model by this class; return the model.
+
+        Parameters and running statistics are kept, as the same tensors. If the model is such a layer itself, its
+        replacement is returned. Raises ValueError for layers without running statistics or with a cumulative average
+        (momentum=None), which it does not have, and for subclasses of batch norm with a forward of their own.
+        """
+        return _convert(model, "model")
+
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() not in (2, 4):
-            raise ValueError(f"batch norm expects [B, C] or [B, C, H, W], got shape {tuple(input.shape)}")
+        if input.dim() < 2:
+            raise ValueError(f"batch norm expects [B, C, ...], got shape {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -169,12 +179,37 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
         fused = uses_fused_kernels(input)
         input = input.contiguous(memory_format=_layout(input)) if fused else input
         origin = self.running_mean if fused else self.running_mean.clone()
-        out, mean, var = _CrossRankNormalize.apply(input, self.weight, self.bias, origin, self.eps)
+        weight = torch.ones_like(origin) if self.weight is None else self.weight
+        out, mean, var = _CrossRankNormalize.apply(input, weight, self.bias, origin, self.eps)
         with torch.no_grad():
             samples = input.numel() // input.shape[1] * world_size()
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (samples / max(samples - 1, 1)), self.momentum)
         return out
+
+
+def _convert(module: nn.Module, name: str) -> nn.Module:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, CrossRankBatchNorm):
+        return _replacement(module, name)
+    for child_name, child in module.named_children():
+        setattr(module, child_name, _convert(child, f"{name}.{child_name}"))
+    return module
+
+
+def _replacement(norm: nn.modules.batchnorm._BatchNorm, name: str) -> CrossRankBatchNorm:
+    if type(norm).forward not in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
+        raise ValueError(f"{name}: {type(norm).__name__} has a forward of its own; replace it by a plain batch norm")
+    if norm.running_mean is None or norm.running_var is None or norm.momentum is None:
+        raise ValueError(
+            f"{name}: {type(norm).__name__} with track_running_stats={norm.track_running_stats}, "
+            f"momentum={norm.momentum}; give it running statistics and a momentum such as {MOMENTUM}"
+        )
+    new = CrossRankBatchNorm(norm.num_features)
+    new.eps, new.momentum, new.affine = norm.eps, norm.momentum, norm.affine
+    new.weight, new.bias = norm.weight, norm.bias
+    new.running_mean, new.running_var = norm.running_mean, norm.running_var
+    new.num_batches_tracked = norm.num_batches_tracked
+    return new.train(norm.training)
 
 
 def count_together(module: nn.Module) -> list[CrossRankBatchNorm]:

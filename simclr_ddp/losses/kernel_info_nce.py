@@ -131,7 +131,8 @@ class KernelInfoNCE(nn.Module):
         Embeddings are gathered over the default process group, if there is one. Averaged over ranks, as
         DistributedDataParallel averages gradients, value and gradient are those of one process with all
         N = n * world_size images. The precision is at least float32, also under autocast and regardless of
-        torch.set_float32_matmul_precision. torch.compile breaks the graph here, so fullgraph=True is not possible.
+        torch.set_float32_matmul_precision. torch.compile breaks the graph here, so fullgraph=True is not possible;
+        transformations of torch.func raise ValueError.
         """
         if self.objective.kernel == "spectral":  # its gradient goes through all ranks' embeddings
             z, z_all, first = self._gathered(y_a, y_b, collectives.gather)
@@ -169,6 +170,11 @@ class KernelInfoNCE(nn.Module):
         self, y_a: Tensor, y_b: Tensor, gather: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor, int]:
         gather = gather or (_constant if self.gather == "fp32" else _constant_in_bf16)
+        if torch._C._are_functorch_transforms_active():
+            raise ValueError(
+                "KernelInfoNCE: torch.func can't transform it, since its gradient is computed in tiles; use "
+                "torch.autograd.grad, also with create_graph=True"
+            )
         if y_a.shape != y_b.shape or y_a.dim() != 2:
             raise ValueError(f"expected two tensors of one shape [n, d], got {tuple(y_a.shape)} and {tuple(y_b.shape)}")
         with torch.autocast(y_a.device.type, enabled=False):

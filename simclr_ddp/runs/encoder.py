@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from simclr_ddp.config import options
 from simclr_ddp.config.schema import Pretrain
+from simclr_ddp.data.transform import Transform
 from simclr_ddp.distributed import collectives
 from simclr_ddp.models.resnet import Encoder
 from simclr_ddp.models.simclr import projection_head
@@ -79,6 +80,11 @@ class Loaded(NamedTuple):
     step: int | None  # None if unknown
     hash: str  # of the weights as they are stored
 
+    @property
+    def transform(self) -> Transform:
+        """Map a PIL image to the evaluation view [3, size, size] that the encoder expects."""
+        return Transform(self.spec.size, self.spec.mean, self.spec.std, self.spec.crop)
+
 
 class Stored(NamedTuple):
     """The content of a file."""
@@ -94,6 +100,9 @@ def load_encoder(path: str | Path) -> Loaded:
 
     A run directory is represented by its encoder.safetensors or, while it is training, by its newest valid checkpoint.
     Rank 0 reads. Raises ValueError if there is no encoder.
+
+        loaded = load_encoder("runs/cifar10")
+        h = loaded.encoder.eval()(loaded.transform(image)[None])
     """
     path = Path(path)
     found: dict[str, Any] = {}

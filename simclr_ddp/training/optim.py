@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
+
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class LARS(torch.optim.Optimizer):
@@ -18,8 +20,14 @@ class LARS(torch.optim.Optimizer):
         v   <- momentum * v + lr * rho * g        (the rate is inside the momentum)
         w   <- w - v
 
-    Groups with adapt=False (biases, batch norm) take rho = 1 and no decay. The denominator is the norm of the sum
-    g + weight_decay * w, not the sum of norms of You et al., eq. 6. Multi-tensor, without host synchronisation.
+    Groups with adapt=False take rho = 1 and no decay. Biases and norms belong there, which `parameter_groups` finds:
+
+        weights, others = parameter_groups(model)
+        optimizer = LARS([{"params": weights}, {"params": others, "adapt": False}], lr=4.8, weight_decay=1e-6)
+
+    The denominator is the norm of the sum g + weight_decay * w, not the sum of norms of You et al., eq. 6. It works on
+    many tensors at once, without host synchronisation. Parameters that FSDP2 shards (DTensor) are updated shard by
+    shard, with the norms of complete tensors.
 
     unadapted_rate replaces the 1 of both cases. With a loss of 1/k of another and 1/k of its weight decay,
     unadapted_rate=k gives the updates of that other loss, since only rho adapts to the scale of the gradient.
@@ -54,35 +62,52 @@ class LARS(torch.optim.Optimizer):
         assert closure is None, "a closure would need a second gradient"
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
-            weights = [w for w in group["params"] if w.grad is not None]
-            if not weights:
-                continue
-            for w in weights:
-                if "momentum_buffer" not in self.state[w]:
-                    self.state[w]["momentum_buffer"] = torch.zeros_like(w)
-            buffers = [self.state[w]["momentum_buffer"] for w in weights]
-            gradients = [w.grad for w in weights]
-            if scale is not None:
-                gradients = list(torch._foreach_div(gradients, scale))
-            if group["weight_decay"] != 0 and group["adapt"]:
-                gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
-            if group["adapt"]:
-                updates = torch._foreach_mul(gradients, _rates(weights, gradients, group, self.unadapted_rate))
-            else:
-                updates = torch._foreach_mul(gradients, group["lr"] * self.unadapted_rate)
-            torch._foreach_add_(updates, torch._foreach_mul(buffers, group["momentum"]))
-            if found_inf is None:
-                torch._foreach_copy_(buffers, updates)
-            else:
-                _choose_(buffers, updates, found_inf)
-            torch._foreach_sub_(weights, updates)
+            trained = [w for w in group["params"] if w.grad is not None]
+            for weights in ([w for w in trained if _sharded(w) is kind] for kind in (False, True)):
+                if weights:
+                    self._update(weights, group, scale, found_inf)
+
+    def _update(
+        self, weights: list[Tensor], group: dict[str, Any], scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Update tensors of one group, all of which are sharded or none."""
+        for w in weights:
+            if "momentum_buffer" not in self.state[w]:
+                self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+        buffers = _local([self.state[w]["momentum_buffer"] for w in weights])
+        gradients = [w.grad for w in weights if w.grad is not None]
+        if scale is not None:
+            gradients = list(torch._foreach_div(gradients, scale))
+        if group["weight_decay"] != 0 and group["adapt"]:
+            gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+        if group["adapt"]:
+            updates = torch._foreach_mul(_local(gradients), _rates(weights, gradients, group, self.unadapted_rate))
+        else:
+            updates = torch._foreach_mul(_local(gradients), group["lr"] * self.unadapted_rate)
+        torch._foreach_add_(updates, torch._foreach_mul(buffers, group["momentum"]))
+        if found_inf is None:
+            torch._foreach_copy_(buffers, updates)
+        else:
+            _choose_(buffers, updates, found_inf)
+        torch._foreach_sub_(_local(weights), updates)
+
+
+def _sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which this rank holds a part."""
+    return hasattr(tensor, "to_local")
+
+
+def _local(tensors: Sequence[Any]) -> list[Tensor]:
+    """This rank's parts of the tensors, which share their memory."""
+    return [t.to_local() if _sharded(t) else t for t in tensors]
 
 
 def _rates(
     weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any], unadapted_rate: float
 ) -> tuple[Tensor, ...]:
     """Return the learning rate times the trust ratio of each tensor."""
-    norms = torch.stack(torch._foreach_norm([*weights, *gradients])).view(2, -1)
+    norms: Any = torch.stack(torch._foreach_norm([*weights, *gradients]))
+    norms = (norms.full_tensor() if _sharded(norms) else norms).view(2, -1)
     ratios = torch.where((norms > 0).all(0), group["trust_coefficient"] * norms[0] / norms[1], unadapted_rate)
     return (ratios * group["lr"]).unbind()
 
@@ -101,12 +126,17 @@ def _choose_(values: Sequence[Tensor], changes: Sequence[Tensor], skip: Tensor) 
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return (weights, biases and batch-norm parameters) of a model; the module's type decides which is which."""
+    """Return (weights, other parameters) of a model; an optimizer decays and LARS adapts only the weights.
+
+    The others are vectors (biases, norms, scales), parameters of norms, and those that belong to a module with
+    submodules without being its weights: class tokens, position embeddings.
+    """
     weights: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            (others if name == "bias" or isinstance(module, _BatchNorm) else weights).append(parameter)
+            token = "weight" not in name and next(module.children(), None) is not None
+            (others if parameter.dim() < 2 or isinstance(module, NORMS) or token else weights).append(parameter)
     return weights, others
 
 
