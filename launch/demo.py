@@ -1,4 +1,4 @@
-"""`make demo`: trains and evaluates an encoder on the generated Spirograph set, and plots the result.
+"""Train and evaluate an encoder on generated images, and plot the result: `make demo`
 
 It uses all GPUs (as many as divide the batch), or two processes on the CPU, and prints each command before it runs.
 Started again, it resumes, or shows the finished run.

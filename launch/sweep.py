@@ -35,7 +35,7 @@ from launch.search.journal import locked, open_study, records
 from launch.search.plan import Plan, Sweep, check, make_plan, shown
 from launch.search.results import Handle, epoch_values, queued
 from launch.search.trials import Ending, Jobs, Processes, write_settings
-from simclr_ddp.config import command, options
+from simclr_ddp.config import command, options, recipes
 from simclr_ddp.runs.metrics import read_metrics
 from simclr_ddp.system import console
 from simclr_ddp.system.errors import one_line
@@ -313,8 +313,8 @@ def at_once(settings: Sweep, plan: Plan) -> int:
 
 def make_runner(settings: Sweep) -> Processes | Jobs:
     if settings.slurm:
-        read = {"name": settings.name} | options.read_yaml(settings.slurm)
-        jobs: Slurm = options.build(Slurm, [(settings.slurm, read)])
+        file = recipes.find(settings.slurm, "slurm")
+        jobs: Slurm = options.build(Slurm, [(file, {"name": settings.name} | options.read_yaml(file))])
         try:
             check_settings(jobs)
             check_slurm("leave slurm out to run the trials on this machine")

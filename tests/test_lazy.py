@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import simclr_ddp
-from simclr_ddp.__main__ import about, commands
+from simclr_ddp.__main__ import about, commands, files
 from simclr_ddp.__main__ import main as simclr
 from tests.support.processes import ROOT
 
@@ -32,7 +32,7 @@ def fresh(code: str, *arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("name", commands())
+@pytest.mark.parametrize("name", commands("simclr_ddp"))
 def test_the_help_of_a_command_needs_no_torch(name: str) -> None:
     *text, last = fresh(HELP, f"simclr_ddp.{name}", "--help")
     status, modules = json.loads(last)
@@ -40,15 +40,17 @@ def test_the_help_of_a_command_needs_no_torch(name: str) -> None:
     assert not HEAVY & set(modules)
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("--version",), ("write_dataset", "--help"), ("no_command",)])
+@pytest.mark.parametrize(
+    "arguments", [(), ("--help",), ("--version",), ("write_dataset", "--help"), ("slurm", "--help"), ("no_command",)]
+)
 def test_the_package_as_a_command_needs_no_torch(arguments: tuple[str, ...]) -> None:
     *text, last = fresh(HELP, "simclr_ddp", *arguments)
     status, modules = json.loads(last)
     assert status == (2 if arguments == ("no_command",) else 0)
     assert not HEAVY & set(modules)
     if arguments in ((), ("--help",)):
-        for name in commands():
-            assert f"{name} {about(name)}" in [" ".join(line.split()) for line in text]
+        for name, path in files().items():
+            assert f"{name} {about(path)}" in [" ".join(line.split()) for line in text]
     if arguments == ("--version",):
         assert text == [f"simclr_ddp {simclr_ddp.__version__}"]
     if arguments == ("write_dataset", "--help"):
@@ -67,7 +69,7 @@ def test_what_the_launchers_ask_of_the_package_needs_no_torch() -> None:
 def test_public_names() -> None:
     for name in simclr_ddp.__all__:
         assert getattr(simclr_ddp, name).__name__ == name and name in dir(simclr_ddp)
-    assert not set(commands()) & set(simclr_ddp.__all__)
+    assert not set(commands("simclr_ddp")) & set(simclr_ddp.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Kernel'"):
         simclr_ddp.Kernel  # noqa: B018
     with pytest.raises(ImportError):
@@ -77,4 +79,5 @@ def test_public_names() -> None:
 def test_a_command_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert simclr(["pretrian"]) == 2
     assert capsys.readouterr().err == "error: COMMAND=pretrian: there is no such command; did you mean pretrain?\n"
-    assert all(about(name) and "`" not in about(name) for name in commands())
+    assert all(about(path) and "`" not in about(path) for path in files().values())
+    assert {"slurm", "sweep", "summary"} <= set(commands("launch"))

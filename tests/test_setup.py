@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -396,8 +397,21 @@ def test_the_wheel_holds_commands_and_recipes(tmp_path: Path) -> None:
         found = set(archive.namelist())
         (entry_points,) = (name for name in found if name.endswith("/entry_points.txt"))
         assert "simclr = simclr_ddp.__main__:main" in archive.read(entry_points).decode()
-    data = f"{entry_points.split('/')[0].removesuffix('.dist-info')}.data/data/share/simclr_ddp"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--target", tmp_path / "installed", file], check=True, timeout=300)
+    elsewhere = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path / "installed")}}
+    for command, line in (("pretrain cifar10", "size: 32"), ("slurm cpus", "--")):
+        arguments = [*command.split(), "--dry-run", *(["--", "simclr_ddp.pretrain"] if line == "--" else [])]
+        done = subprocess.run(
+            [sys.executable, "-m", "simclr_ddp", *arguments], capture_output=True, text=True, timeout=120, **elsewhere
+        )
+        assert done.returncode == 0 and line in done.stdout, done.stderr
+    build = [sys.executable, "-c", "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])", tmp_path]
+    subprocess.run(build, cwd=tmp_path / "source", check=True, capture_output=True, timeout=300)
+    with tarfile.open(next(tmp_path.glob("simclr_ddp-*.tar.gz"))) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert {name for name in names if name.startswith(("simclr_ddp/", "launch/", "configs/"))} <= inside
     modules = {name for name in names if name.startswith(("simclr_ddp/", "launch/"))}
-    recipes = {f"{data}/{name}" for name in names if name.startswith("configs/")}
+    recipes = {f"simclr_ddp/{name}" for name in names if name.startswith("configs/")}
     assert modules and recipes and modules | recipes <= found
-    assert {name.split("/")[0] for name in found - recipes} == {"simclr_ddp", "launch", entry_points.split("/")[0]}
+    assert {name.split("/")[0] for name in found} == {"simclr_ddp", "launch", entry_points.split("/")[0]}

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from launch.cluster import preflight
 from launch.search.space import Axis, Dimension, cell, cells, label_of, parse_grid, parse_space, sample
-from simclr_ddp.config import options
+from simclr_ddp.config import options, recipes
 from simclr_ddp.config.options import option
 from simclr_ddp.config.schema import Pretrain
 from simclr_ddp.system import console
@@ -29,7 +29,11 @@ DIRECTIONS |= {"monitor_uniformity": "minimize"}
 @dataclass
 class Sweep:
     name: str = option("sweep", "name of the sweep; by default the name of the config file")
-    config: str = option("", "pretraining config of all trials; empty is the Spirograph defaults", path=True)
+    config: str = option(
+        "",
+        "pretraining config of all trials, a file or the name of an included one; empty is the Spirograph defaults",
+        path=True,
+    )
     set: dict[str, Any] = option({}, "options of all trials that override the config, for example set.optim.epochs=20")
     space: dict[str, Any] = option(
         {}, "random search: {key: {log | uniform: [low, high]}} or {key: {choice: [...]}}, optionally with {when: ...}"
@@ -49,7 +53,9 @@ class Sweep:
     at_once: int = option(0, "trials that run at the same time; 0 is one per device, or one; all SLURM jobs", low=0)
     devices: list[str] = option([], "CUDA devices for the trials, for example [0, 1]; empty is all")
     slurm: str = option(
-        "", "config of launch.slurm, to run trials as its jobs; empty is processes of this machine", path=True
+        "",
+        "config of launch.slurm (a file, or the name of an included one) to run trials as its jobs; empty is processes",
+        path=True,
     )
     sweep_dir: str = option("", "output; empty is runs/sweep/<name>", path=True)
     retry: str = option("", "failed: run the trials that failed again", ("", "failed"))
@@ -111,7 +117,8 @@ def make_plan(settings: Sweep) -> Plan:
     for key in ("name", "run_dir"):
         if key in settings.set:
             raise ValueError(f"set.{key}: the sweep chooses it for each trial; set sweep_dir=... to choose the folder")
-    layers = [(settings.config, options.read_yaml(settings.config))] if settings.config else []
+    config = recipes.find(settings.config)
+    layers = [(config, options.read_yaml(config))] if config else []
     layers.append(("set", settings.set))
     fixed = options.dotted(options.build(Pretrain, layers))
     space, axes = parse_space(settings.space), parse_grid(settings.grid)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from simclr_ddp import __version__
-from simclr_ddp.config import options
+from simclr_ddp.config import options, recipes
 from simclr_ddp.system import ranks
 from simclr_ddp.system.console import end_bars, main_rank, printable, say, shown
 from simclr_ddp.system.errors import DECODING, LOST, MEMORY, one_line
@@ -45,7 +45,8 @@ def run(
     """Parse the arguments of a command into its config, run it, and return the exit status.
 
     usage  names its positional arguments in order, for example "[CONFIG.yaml]" or "SOURCE OUT"; a name in capitals
-           fills the option of that name in lower case, CONFIG.yaml is a file of options. After "--", which the command
+           fills the option of that name in lower case, CONFIG.yaml is a file of options, or the bare name of one that
+           the package brings along. After "--", which the command
            itself looks for, it is only shown.
     flags  further flags of the command, with their meanings; the command itself looks for them
     Messages of the package are shown meanwhile. A ValueError or OSError is the user's error: it gives one line on
@@ -208,7 +209,8 @@ def parse(arguments: list[str], cls: type, usage: str, flags: dict[str, str] = F
     layers: list[tuple[str, dict[str, Any]]] = []
     for slot, value in zip(slots, positional, strict=False):
         if slot == "CONFIG.yaml":
-            layers.append((value, {"name": printable(Path(value).stem)} | options.read_yaml(value)))
+            path = recipes.find(value, recipes.KINDS.get(cls.__name__, "pretrain"))
+            layers.append((path, {"name": printable(Path(path).stem)} | options.read_yaml(path)))
         else:
             layers.append((options.COMMAND_LINE, {slot.lower(): value}))
     return options.build(cls, [*layers, (options.COMMAND_LINE, overrides)])
