@@ -491,6 +491,26 @@ class Embed(Evaluation):
 
 
 @dataclass
+class Export:
+    run: str = option(MISSING, "run directory, checkpoint (.pt) or encoder.safetensors", path=True)
+    format: str = option(
+        "safetensors",
+        "safetensors is for this tool, torchvision a state dict for its class, timm a folder for timm and the hub of "
+        "Hugging Face, onnx and torch_export a network of any architecture",
+        ("safetensors", "torchvision", "timm", "onnx", "torch_export"),
+    )
+    size: int = option(0, "height and width of an image in pixels; 0 is data.size of the run", low=0)
+    crop: float = option(
+        0,
+        "side of the centred square that the encoder sees, as a fraction of the image's short side; 0 is 0.875, or the "
+        "complete image up to size=32",
+        low=0,
+        high=1,
+    )
+    output: str = option("", "folder of the files; empty is export/FORMAT in the run directory", path=True)
+
+
+@dataclass
 class CropAndFlip:
     crop_scale: list[float] = option(
         [0.08, 1.0],

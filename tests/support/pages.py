@@ -231,6 +231,8 @@ def check_options(content: str) -> None:
     known = options.options(Finetune) | options.options(Doctor) | options.options(Verify)
     for word in (word for span in spans(content) for word in span.split()):
         key, is_set, value = word.partition("=")
+        if key.endswith(".safetensors"):  # a file
+            continue
         if key.partition(".")[0] not in SECTIONS or not re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", key):
             continue
         if key not in known:
