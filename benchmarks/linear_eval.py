@@ -50,6 +50,7 @@ from torch import Tensor
 from benchmarks.support.timing import take_flags
 from simclr_ddp import Encoder, fit_logistic_path, load_encoder
 from simclr_ddp.distributed.runtime import Runtime
+from simclr_ddp.models.backbone import Backbone
 from simclr_ddp.runs.provenance import describe
 from simclr_ddp.system.console import say, shown
 
@@ -381,7 +382,7 @@ def untrained(images: Tensor) -> Encoder:
 
 
 @torch.no_grad()
-def representations(encoder: Encoder, images: Tensor, width: int) -> Tensor:
+def representations(encoder: Backbone, images: Tensor, width: int) -> Tensor:
     """Representations of as many views as `width` needs, concatenated: [n, width]."""
     encoder.eval()
     views = math.ceil(width / encoder.width_out)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from simclr_ddp.evaluation.knn import knn_predict
     from simclr_ddp.evaluation.logistic_fit import fit_logistic_path
     from simclr_ddp.losses.kernel_info_nce import KernelInfoNCE
+    from simclr_ddp.models.backbone import backbone
     from simclr_ddp.models.resnet import Encoder
     from simclr_ddp.runs.encoder import load_encoder
     from simclr_ddp.training.optim import LARS, parameter_groups
@@ -20,6 +21,7 @@ __all__ = [
     "CrossRankBatchNorm",
     "Encoder",
     "KernelInfoNCE",
+    "backbone",
     "embed_images",
     "fit_logistic_path",
     "gather",
@@ -34,6 +36,7 @@ _MODULES = {
     "Encoder": "models.resnet",
     "KernelInfoNCE": "losses.kernel_info_nce",
     "LARS": "training.optim",
+    "backbone": "models.backbone",
     "embed_images": "evaluation.embed_images",
     "fit_logistic_path": "evaluation.logistic_fit",
     "gather": "distributed.collectives",

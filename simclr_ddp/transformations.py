@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from simclr_ddp.data.dataset import Dataset
     from simclr_ddp.distributed.runtime import Runtime
     from simclr_ddp.evaluation.transformations import Task
-    from simclr_ddp.models.resnet import Encoder
+    from simclr_ddp.models.backbone import Backbone
     from simclr_ddp.runs.encoder import Loaded
 
 
@@ -132,7 +132,7 @@ def labelled(dataset: "Dataset", task: "Task", seed: int) -> "Dataset":
 
 
 def transformed_h(
-    encoder: "Encoder",
+    encoder: "Backbone",
     dataset: "Dataset",
     task: "Task",
     loaded: "Loaded",

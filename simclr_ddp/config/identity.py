@@ -8,6 +8,7 @@ from typing import Any
 from simclr_ddp.config import options, schema
 from simclr_ddp.config.schema import Pretrain
 
+RESNETS = options.options(Pretrain)["model.arch"].metadata["choices"]
 MIXTURES = ("simple_sum", "concat_sum")
 
 
@@ -25,6 +26,8 @@ def without_effect(values: dict[str, Any]) -> dict[str, str]:
     unused(kernel in (*MIXTURES, "exponential"), "loss.kernel", "loss.gamma")
     unused(kernel == "arccos", "loss.kernel", "loss.order")
     unused(kernel != "spectral", "loss.kernel", "loss.temperature")
+    own = [f"model.{name}" for name in ("width", "stem")]
+    unused(values["model.arch"] in RESNETS, "model.arch", *own)
     unused(head == "nonlinear", "head.kind", "head.layers", "head.hidden")
     unused(head != "none", "head.kind", "head.out")
     unused(values["optim.name"] == "lars", "optim.name", "optim.trust_coefficient", "optim.unadapted_rate")

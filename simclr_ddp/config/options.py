@@ -31,6 +31,7 @@ def option(
     secret: bool = False,
     path: bool = False,
     replaces: str = "",
+    pattern: str = "",
 ) -> Any:
     """Declare a dataclass field with help text, choices, smallest and largest value, and length of a list.
 
@@ -39,10 +40,11 @@ def option(
     hint      explains the limits
     secret    messages do not show the value
     path      whether it may be a path, in which ~ and, in a file, $NAME are replaced
+    pattern   regular expression of further values beside the choices
     replaces  option that has no effect if this one is not null; of the two, the one that is set later wins
     """
     metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high, "length": length}
-    metadata |= {"hint": hint, "secret": secret, "path": path, "replaces": replaces}
+    metadata |= {"hint": hint, "secret": secret, "path": path, "replaces": replaces, "pattern": pattern}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -274,7 +276,7 @@ def _check_value(key: str, f: Any, value: Any) -> None:
     why = f" ({f.metadata['hint']})" * bool(f.metadata["hint"])
     if length is not None and len(value) != length:
         raise ValueError(f"{key}={list(value)}: has {len(value)} numbers; must have {length}")
-    if choices and value not in choices:
+    if choices and value not in choices and not re.fullmatch(f.metadata["pattern"] or "(?!)", str(value)):
         near = difflib.get_close_matches(str(value), choices, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(choices)}"
         raise ValueError(f"{key}={value}: unknown value; {hint}")

@@ -94,7 +94,11 @@ class Data:
 @dataclass
 class Model:
     arch: str = option(
-        "resnet18", "architecture of the encoder", ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+        "resnet18",
+        "architecture of the encoder: a ResNet of this tool, timm/NAME or timm/NAME,key=value for timm's models, or "
+        "package.module:function for a function of your own",
+        ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+        pattern=r"timm/[\w.-]+(,\w+=.+)?|\w+(\.\w+)*:\w+",
     )
     width: float = option(0.5, "factor by which all channel counts of the encoder are multiplied", low=0.01, high=16)
     stem: str = option(
@@ -105,8 +109,8 @@ class Model:
     )
     init: str = option(
         "random",
-        "initial weights of the encoder: `random`, `torchvision` (its ImageNet weights), `auto` (those, or random if "
-        "they can't be downloaded), or path of a file",
+        "initial weights of the encoder: `random`, `torchvision` (its ImageNet weights), `timm` (those that it has for "
+        "its model), `auto` (one of these, or random if it can't be downloaded), or path of a file",
         path=True,
     )
     checkpoint_stages: bool = option(

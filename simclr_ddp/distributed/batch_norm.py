@@ -155,6 +155,15 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
         """
         return _convert(model, "model")
 
+    def take(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
+        """Take over the settings, parameters and statistics of another batch norm."""
+        assert norm.momentum is not None
+        self.eps, self.momentum, self.affine = norm.eps, norm.momentum, norm.affine
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self.train(norm.training)
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"batch norm expects [B, C, ...], got shape {tuple(input.shape)}")
@@ -205,11 +214,8 @@ def _replacement(norm: nn.modules.batchnorm._BatchNorm, name: str) -> CrossRankB
             f"momentum={norm.momentum}; give it running statistics and a momentum such as {MOMENTUM}"
         )
     new = CrossRankBatchNorm(norm.num_features)
-    new.eps, new.momentum, new.affine = norm.eps, norm.momentum, norm.affine
-    new.weight, new.bias = norm.weight, norm.bias
-    new.running_mean, new.running_var = norm.running_mean, norm.running_var
-    new.num_batches_tracked = norm.num_batches_tracked
-    return new.train(norm.training)
+    new.take(norm)
+    return new
 
 
 def count_together(module: nn.Module) -> list[CrossRankBatchNorm]:

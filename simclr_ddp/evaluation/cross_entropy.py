@@ -7,7 +7,9 @@ from torch import Tensor
 
 from simclr_ddp.evaluation.chunks import Features
 
-_SAMPLE = 4  # rows per feature from which the curvature is estimated
+_SAMPLE = 4  # rows per feature from which the averaged curvature is estimated
+_COUPLED_SAMPLE = 20  # and that of all classes
+_COUPLED_ROWS = 2048  # read at a time for it
 
 
 class CrossEntropy:
@@ -38,8 +40,22 @@ class CrossEntropy:
 
     def averaged_hessian(self, w: Tensor) -> Tensor:
         """Hessian [D + 1, D + 1] float64 at w [K, D + 1], averaged over the classes and over evenly spaced samples."""
-        rows = self.rows[:: max(1, self.count // max(1000, _SAMPLE * self.features))]
+        rows = self._sample(_SAMPLE)
         return self.hessian_sum(w.float(), rows) / len(rows)
+
+    def coupled_hessian(self, w: Tensor) -> Tensor:
+        """Hessian [K * (D + 1), K * (D + 1)] float64 at w [K, D + 1], averaged over evenly spaced samples.
+
+        It is singular where all classes shift alike; there, it is that of their average instead.
+        """
+        rows, (k, d) = self._sample(_COUPLED_SAMPLE), w.shape
+        hessian = self.coupled_hessian_sum(w.float(), rows).div_(len(rows)).view(k, d, k, d)
+        average = hessian.diagonal(dim1=0, dim2=2).sum(2) / k
+        return hessian.add_(average[None, :, None, :] / k).view(k * d, k * d)
+
+    def _sample(self, per_feature: int) -> Tensor:
+        """Evenly spaced samples [m], int64: at least 1,000, if there are so many."""
+        return self.rows[:: max(1, self.count // max(1000, per_feature * self.features))]
 
     def sums(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the samples, float64: cross-entropy [A] and its gradient [A * K, D + 1] of the models w."""
@@ -72,3 +88,21 @@ class CrossEntropy:
             hessian[d, d] += weights.sum()
         hessian[:d, d] = hessian[d, :d]
         return hessian
+
+    def coupled_hessian_sum(self, w: Tensor, rows: Tensor) -> Tensor:
+        """Sum over the samples `rows` of the Hessian [K * (D + 1), K * (D + 1)] float64 at w [K, D + 1] float32."""
+        k, d = w.shape
+        hessian = torch.zeros(k * d, k * d, dtype=torch.float64, device=w.device)
+        for part in rows.split(_COUPLED_ROWS):
+            x = torch.cat([z for _, z in self.samples.chunks(part, k * d, torch.float32)])
+            z = torch.cat([x, x.new_ones(len(x), 1)], 1)
+            p = (z @ w.T).double().softmax(1)
+            products = (p.float()[:, :, None] * z[:, None, :]).flatten(1)
+            for block in range(k):  # only those above the diagonal
+                place, rest = slice(block * d, (block + 1) * d), slice((block + 1) * d, None)
+                spread = p[:, block] * (
+                    1 - p[:, block]
+                )  # as p - p^2 it would be lost to rounding where p is close to 1
+                hessian[place, place] += z.T @ (z * spread.float()[:, None])
+                hessian[place, rest] -= products[:, place].T @ products[:, rest]
+        return hessian.triu() + hessian.triu(1).T

@@ -17,7 +17,7 @@ from simclr_ddp.distributed import collectives
 from simclr_ddp.distributed.runtime import Runtime
 from simclr_ddp.evaluation import cache
 from simclr_ddp.losses.contrastive import normalize
-from simclr_ddp.models.resnet import Encoder
+from simclr_ddp.models.backbone import Backbone
 from simclr_ddp.runs.encoder import Head, Spec
 from simclr_ddp.system import console
 from simclr_ddp.system.machine import usable_workers
@@ -80,7 +80,7 @@ def key_of(weights: str, dataset: Dataset, spec: Spec, runtime: Runtime, average
 
 
 def embed(
-    encoder: Encoder,
+    encoder: Backbone,
     weights: str,
     dataset: Dataset,
     spec: Spec,
@@ -127,7 +127,7 @@ def embed(
 
 @torch.no_grad()
 def representations(
-    encoder: Encoder,
+    encoder: Backbone,
     dataset: Dataset,
     spec: Spec,
     runtime: Runtime,

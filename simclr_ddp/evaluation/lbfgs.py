@@ -27,6 +27,7 @@ class Place(NamedTuple):
     gradient: Tensor
 
 
+Preconditioner = Callable[[Tensor], Tensor]  # product of an approximate inverse Hessian and w, [K, P] -> [K, P]
 Minimization = Generator[tuple[Tensor, bool], tuple[float, Tensor], Minimum]
 Search = Generator[tuple[Tensor, bool], tuple[float, Tensor], Place]
 
@@ -38,7 +39,7 @@ _PATIENCE = 30  # fast iterations without a smaller gradient, after which only r
 
 def minimize(
     w: Tensor,
-    precondition: Callable[[Tensor | None], Tensor],
+    precondition: Callable[[Tensor | None], Preconditioner],
     *,
     enough: float,
     fast_enough: float,
@@ -46,8 +47,8 @@ def minimize(
 ) -> Minimization:
     """Minimise a convex function of w [K, P] until the norm of its exact gradient is `enough`.
 
-    precondition  returns a positive definite approximation [P, P] of the inverse Hessian, the same for each of the K
-                  rows: called with None at first, and with the current point after every 50 iterations
+    precondition  returns a positive definite approximation of the inverse Hessian: called with None at first, and with
+                  the current point after every 50 iterations
     fast_enough   norm of the gradient at which fast evaluations end
 
     This is Nocedal and Wright 2006, algorithm 7.4, with a strong Wolfe search. The preconditioner replaces the
@@ -56,7 +57,7 @@ def minimize(
     exact, iterations = False, 0
     at = Place(w, *(yield w, exact))
     least, improved = math.inf, 0
-    inverse: Tensor | None = None
+    inverse: Preconditioner | None = None
     history: list[tuple[Tensor, Tensor]] = []
     while True:
         norm = at.gradient.norm().item()
@@ -85,7 +86,7 @@ def minimize(
 
 
 def _next(
-    at: Place, history: list[tuple[Tensor, Tensor]], inverse: Tensor, exact: bool
+    at: Place, history: list[tuple[Tensor, Tensor]], inverse: Preconditioner, exact: bool
 ) -> Generator[tuple[Tensor, bool], tuple[float, Tensor], Place | None]:
     """Search along the direction of L-BFGS; None if rounding errors leave no descent."""
     direction = _direction(at.gradient, history, inverse)
@@ -97,17 +98,17 @@ def _next(
     return found if moved and bool(found.gradient.isfinite().all()) else None
 
 
-def _direction(gradient: Tensor, history: list[tuple[Tensor, Tensor]], inverse: Tensor) -> Tensor:
+def _direction(gradient: Tensor, history: list[tuple[Tensor, Tensor]], inverse: Preconditioner) -> Tensor:
     """Search direction -H g, [K, P], by the two-loop recursion over (step, change of the gradient)."""
     q = gradient.clone()
     weights = []
     for step, change in reversed(history):
         weights.append((step * q).sum() / (step * change).sum())
         q -= weights[-1] * change
-    q = q @ inverse
+    q = inverse(q)
     if history:
         step, change = history[-1]
-        q *= (step * change).sum() / (change * (change @ inverse)).sum()
+        q *= (step * change).sum() / (change * inverse(change)).sum()
     for (step, change), weight in zip(history, reversed(weights), strict=True):
         q += (weight - (change * q).sum() / (step * change).sum()) * step
     return -q

@@ -5,6 +5,9 @@ products. First a few strengths far apart are solved, then those between them, e
 nearest solutions. Products are in float32, chunks of them are summed in float64; the gradient at every solution is
 computed again with float64 products, and where it is too large, L-BFGS continues with those.
 
+L-BFGS is preconditioned by the Hessian averaged over the classes, which is cheap. After 100 iterations, which weak
+penalties on collinear or almost separable features need, it becomes the complete Hessian where that is small enough.
+
 Per pass and strength that is 4 n D K operations, and n D numbers read for all strengths.
 """
 
@@ -16,13 +19,17 @@ import torch
 from torch import Tensor
 
 from simclr_ddp.evaluation.cross_entropy import CrossEntropy
-from simclr_ddp.evaluation.lbfgs import HISTORY, Minimization, Minimum, minimize
+from simclr_ddp.evaluation.lbfgs import HISTORY, Minimization, Minimum, Preconditioner, minimize
 from simclr_ddp.system.machine import available_bytes
 
+_COUPLED = 6000  # largest number of weights of a model whose complete Hessian is computed
+_COUPLED_BYTES = 2**31  # of their inverses, in float32, of the strengths that are solved at a time
 _COLUMNS = 640  # strengths times classes per pass: wider products are not faster
+_RIDGE = 2e-7  # relative to the norm of a Hessian
 _FAST = 1e-6  # smallest tolerance for float32 products: their gradients are rounded to about a tenth of it
 _MARGIN = 0.8  # they continue to this fraction of the tolerance
 _NEAREST = 6  # most solutions that a polynomial goes through
+_PATIENCE = 2  # averaged Hessians of a strength before the complete one
 _NEAR = math.log(20)  # the curvature of a solution serves strengths up to this factor away
 
 
@@ -57,7 +64,7 @@ def logistic_path(
     at_zero = data.at(zero[None], [0.0], torch.float64)[1].norm().item()
     first = zero if start is None else torch.cat([start.weight, start.bias[None]]).T.contiguous()
     path = _Path(data, l2, first)
-    for group in path.groups(max(1, _COLUMNS // classes)):
+    for group in path.groups(_together_at_most(data.features, classes)):
         tasks = [
             minimize(
                 path.start(i),
@@ -79,15 +86,28 @@ def logistic_path(
 def memory_fault(features: int, classes: int, strengths: int, device: torch.device) -> str:
     """An error message if solutions and the state of L-BFGS do not fit in free memory, or ""."""
     free = available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    together = min(strengths, max(1, _COLUMNS // classes))
+    together = min(strengths, _together_at_most(features, classes))
     models = 2 * strengths + (2 * HISTORY + 6) * together
     needed = 8 * (models * classes + (together + strengths) * (features + 1)) * (features + 1)
+    needed += 4 * (together + 6) * _coupled(features, classes) ** 2
     if free is None or needed <= free:
         return ""
     return (
         f"strengths: {strengths} of them with {features} features and {classes} classes need {needed / 2**30:.1f} "
         f"GiB, and {free / 2**30:.1f} GiB are free; give fewer strengths"
     )
+
+
+def _coupled(features: int, classes: int) -> int:
+    """Number of weights of a model, if its complete Hessian is small enough; else 0."""
+    weights = (features + 1) * classes
+    return weights if weights <= _COUPLED else 0
+
+
+def _together_at_most(features: int, classes: int) -> int:
+    """Number of strengths that are solved at a time."""
+    weights = _coupled(features, classes)
+    return max(1, min(_COLUMNS // classes, _COUPLED_BYTES // (4 * weights**2) if weights else _COLUMNS))
 
 
 def _together(data: CrossEntropy, tasks: list[Minimization], l2: list[float]) -> list[Minimum]:
@@ -107,6 +127,11 @@ def _together(data: CrossEntropy, tasks: list[Minimization], l2: list[float]) ->
                 minima[i] = stop.value
                 del requests[i]
     return [minima[i] for i in range(len(tasks))]
+
+
+def _centred(step: Tensor) -> Tensor:
+    """Without the part that shifts all classes alike, which changes no prediction: [K, P]."""
+    return step - step.mean(0)
 
 
 def _split(indices: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -157,21 +182,42 @@ class _Path:
             total += factor * self.known[j]
         return total
 
-    def preconditioner(self, i: int) -> Callable[[Tensor | None], Tensor]:
-        """The inverse of the averaged Hessian, measured near the strength or at a given point.
+    def preconditioner(self, i: int) -> Callable[[Tensor | None], Preconditioner]:
+        """The inverse of the averaged Hessian near the strength, then at a given point, then of the complete one there.
 
-        It is exact at W = 0, except for the coupling of classes, to which the gradient is orthogonal. A ridge above the
-        rounding errors of float32 keeps collinear features invertible.
+        The averaged one is exact at W = 0, except for the coupling of classes, to which the gradient is orthogonal.
         """
+        called = 0
 
-        def inverse(w: Tensor | None) -> Tensor:
-            curvature = self._curvature(i) if w is None else self.data.averaged_hessian(w)
-            penalty = torch.full_like(curvature[0], 2 * self.l2[i])
-            penalty[-1] = 0
-            ridge = 2e-7 * curvature.norm()
-            return torch.cholesky_inverse(torch.linalg.cholesky(curvature + torch.diag(penalty + ridge)))
+        def inverse(w: Tensor | None) -> Preconditioner:
+            nonlocal called
+            called += 1
+            if w is not None and called > _PATIENCE and _coupled(self.data.features, self.data.classes):
+                factor = self._factor(self.data.coupled_hessian(w), i, self.data.classes)
+                complete = torch.cholesky_inverse(factor).float()
+                return lambda q: _centred((complete @ q.flatten().float()).view_as(q).double())
+            averaged = self._curvature(i) if w is None else self.data.averaged_hessian(w)
+            matrix = torch.cholesky_inverse(self._factor(averaged, i, 1))
+            return lambda q: q @ matrix
 
         return inverse
+
+    def _factor(self, hessian: Tensor, i: int, classes: int) -> Tensor:
+        """Cholesky factor of a Hessian of so many classes with the penalty of strength i.
+
+        A ridge above the rounding errors of float32 keeps collinear features invertible.
+        """
+        penalty = torch.full((classes, len(hessian) // classes), 2 * self.l2[i], dtype=torch.float64)
+        penalty[:, -1] = 0
+        diagonal = hessian.diagonal() + penalty.flatten().to(hessian.device)
+        ridge = _RIDGE * hessian.norm()
+        while True:
+            regular = hessian.clone()
+            regular.diagonal().copy_(diagonal + ridge)
+            factor, failed = torch.linalg.cholesky_ex(regular)
+            if not failed:
+                return factor
+            ridge *= 100
 
     def _curvature(self, i: int) -> Tensor:
         """Averaged Hessian of a solution that is not far, or of the initial weights."""

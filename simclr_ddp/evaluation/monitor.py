@@ -17,7 +17,7 @@ from simclr_ddp.data.draws import monitored
 from simclr_ddp.distributed import collectives
 from simclr_ddp.distributed.runtime import Runtime
 from simclr_ddp.evaluation import knn, label_free
-from simclr_ddp.models.resnet import Encoder
+from simclr_ddp.models.backbone import Backbone
 from simclr_ddp.system import console
 from simclr_ddp.system.machine import usable_workers
 
@@ -69,7 +69,7 @@ class Monitor:
         return done % (self._every_epochs * steps_per_epoch) == 0 or done == total_steps
 
     @torch.no_grad()
-    def measure(self, encoder: Encoder) -> dict[str, float]:
+    def measure(self, encoder: Backbone) -> dict[str, float]:
         """Return the metrics, for metrics.jsonl; all ranks share the work and get the same values.
 
         The encoder is in training mode before and after.
@@ -104,20 +104,20 @@ class Monitor:
         self.saved["neighbours"] = now
         return found
 
-    def _evaluation_views(self, encoder: Encoder, index: np.ndarray) -> Iterator[Tensor]:
+    def _evaluation_views(self, encoder: Backbone, index: np.ndarray) -> Iterator[Tensor]:
         """Representations [1, b, D] of batches of the images."""
         yield torch.empty(1, 0, encoder.width_out, dtype=self._runtime.dtype, device=self._runtime.device)
         for inputs, _, _ in evaluation_batches(self._dataset, index, batch_size=BATCH, **self._loading):
             yield self._encoded(encoder, self._images(inputs))
 
-    def _training_views(self, encoder: Encoder, index: np.ndarray, pair: int) -> Iterator[Tensor]:
+    def _training_views(self, encoder: Backbone, index: np.ndarray, pair: int) -> Iterator[Tensor]:
         """Representations [V, b, D] of the pair of augmented views with this number, of batches of the images."""
         yield torch.empty(VIEWS, 0, encoder.width_out, dtype=self._runtime.dtype, device=self._runtime.device)
         loading = self._loading | {"crop_scale": self._crop_scale, "batch_size": BATCH}
         for inputs, sample, _ in view_batches(self._dataset, index, self._seed, EPOCH + pair, **loading):
             yield self._encoded(encoder, self._augment(inputs, EPOCH + pair, sample))
 
-    def _encoded(self, encoder: Encoder, images: Tensor) -> Tensor:
+    def _encoded(self, encoder: Backbone, images: Tensor) -> Tensor:
         """Representations [V, b, D] of views [V, b, 3, H, W], in the dtype of the runtime."""
         collectives.note("the forward passes of the monitor")
         with self._runtime.autocast():

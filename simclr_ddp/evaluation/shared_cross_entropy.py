@@ -64,6 +64,10 @@ class _SharedCrossEntropy(CrossEntropy):
         self._helpers.give(model=w, of_rows=rows)
         return collectives.all_reduce_sum(self._own.hessian_sum(w, _part(rows, self.samples.count)))
 
+    def coupled_hessian_sum(self, w: Tensor, rows: Tensor) -> Tensor:
+        self._helpers.give(coupled_model=w, of_rows=rows)
+        return collectives.all_reduce_sum(self._own.coupled_hessian_sum(w, _part(rows, self.samples.count)))
+
 
 @contextmanager
 def helping(device: torch.device) -> Iterator[Helpers | None]:
@@ -111,7 +115,10 @@ def _help(wait: Callable[[], None], device: torch.device) -> None:
             _sums(selected, given["models"].to(device))
         elif selected:
             rows = _local(given["of_rows"], n).to(device)
-            collectives.all_reduce_sum(selected.hessian_sum(given["model"].to(device), rows))
+            if "model" in given:
+                collectives.all_reduce_sum(selected.hessian_sum(given["model"].to(device), rows))
+            else:
+                collectives.all_reduce_sum(selected.coupled_hessian_sum(given["coupled_model"].to(device), rows))
 
 
 def _sums(over: CrossEntropy, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,10 @@ def open_encoder(run: str, size: int, crop: float = 0.0) -> tuple[Loaded, int]:
     crop  of the images: see data.crops.evaluation_box
     """
     loaded = load_encoder(run)
+    if loaded.encoder.fixed_size and size not in (0, loaded.spec.size):
+        raise ValueError(
+            f"size={size}: {loaded.spec.arch} takes images of {loaded.spec.size} pixels only; leave it out"
+        )
     own_size = loaded.spec.size  # encoders trained on small views do better on larger images (Touvron et al. 2019)
     return loaded._replace(spec=loaded.spec._replace(size=size or own_size, crop=crop)), own_size
 

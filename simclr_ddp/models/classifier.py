@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from simclr_ddp.distributed import batch_norm
 from simclr_ddp.distributed.batch_norm import CrossRankBatchNorm
+from simclr_ddp.models.backbone import Backbone
 from simclr_ddp.models.resnet import Encoder
 
 
@@ -19,7 +20,7 @@ class Classifier(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Backbone,
         classes: int,
         *,
         neck: nn.Sequential | None = None,
@@ -62,8 +63,11 @@ class Classifier(nn.Module):
 
     def stages(self) -> list[nn.Module]:
         """Return the parts that share a learning rate, from the classifier to the first convolution."""
+        last = [self.classifier, *([self.neck] if len(self.neck) else [])]
+        if not isinstance(self.encoder, Encoder):
+            return [*last, self.encoder]
         stem = nn.ModuleList([self.encoder.conv1, self.encoder.bn1])
-        return [self.classifier, *([self.neck] if len(self.neck) else []), *reversed(self.encoder.stages()), stem]
+        return [*last, *reversed(self.encoder.stages()), stem]
 
     def after_encoder(self) -> dict[str, Tensor]:
         """Return the tensors of the neck and of the classifier (weight [K, D] and bias [K])."""

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from simclr_ddp.distributed.batch_norm import CrossRankBatchNorm
+from simclr_ddp.models.backbone import Backbone
 
 BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -19,7 +20,7 @@ BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
 STEMS = ("cifar", "stl", "imagenet")
 
 
-class Encoder(nn.Module):
+class Encoder(Backbone):
     """ResNet without classifier, mapping images [B, 3, H, W] to representations h [B, width_out].
 
     arch   resnet18, resnet34, resnet50, resnet101 or resnet152

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from simclr_ddp.distributed import batch_norm
 from simclr_ddp.distributed.batch_norm import CrossRankBatchNorm
-from simclr_ddp.models.resnet import Encoder
+from simclr_ddp.models.backbone import Backbone
 
 
 def projection_head(kind: str, width: int, layers: int = 2, hidden: int | None = None, out: int = 128) -> nn.Module:
@@ -40,7 +40,7 @@ class SimCLR(nn.Module):
     All views pass the encoder in one forward, so batch-norm statistics cover all views.
     """
 
-    def __init__(self, encoder: Encoder, head: nn.Module, classes: int = 0) -> None:
+    def __init__(self, encoder: Backbone, head: nn.Module, classes: int = 0) -> None:
         super().__init__()
         self.encoder = encoder
         self.projection_head = head

@@ -1,5 +1,6 @@
 """Initial weights of an encoder: random, torchvision's, or from a file."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from simclr_ddp.distributed import collectives
-from simclr_ddp.models.resnet import Encoder
+from simclr_ddp.models.backbone import Backbone
+from simclr_ddp.models.backbones import create_timm
 from simclr_ddp.system.errors import one_line
 from simclr_ddp.system.files import not_a_file
 
@@ -86,11 +88,13 @@ def _tails(name: str) -> Iterator[str]:
         yield name
 
 
-def initialize(encoder: Encoder, init: str, arch: str, width: float) -> str:
+def initialize(encoder: Backbone, init: str, arch: str, width: float, size: int = 224) -> str:
     """Initialise an encoder as `model.init` says; return a phrase that describes what was loaded.
 
-    init  random, torchvision (its newest ImageNet weights for arch, downloaded by rank 0 if not cached), auto
-          (torchvision, or random where those weights don't exist or can't be downloaded), or a file
+    init  random, torchvision (its newest ImageNet weights for arch, downloaded by rank 0 if not cached), timm (the
+          weights that timm knows for its model), auto (the one of the two that fits, or random where those weights
+          don't exist or can't be downloaded), or a file
+    size  height and width of the images, to which position embeddings of timm's models are interpolated
 
     Tensors that the encoder lacks (a classifier) or has in another shape (the stem) are skipped and named. Raises
     ValueError if fewer than 95 % of the encoder's tensors are found, or if the file has additional blocks: all tensors
@@ -100,15 +104,19 @@ def initialize(encoder: Encoder, init: str, arch: str, width: float) -> str:
         return "random"
     if init == "auto":
         try:
-            return initialize(encoder, "torchvision", arch, width)
+            return initialize(encoder, "timm" if arch.startswith("timm/") else "torchvision", arch, width, size)
         except ValueError as problem:
             return f"random, since no ImageNet weights are there ({problem})"
-    if init == "torchvision":
+    if init == "timm":
+        weights = _timm_weights(arch, size)
+    elif init == "torchvision":
+        if ":" in arch or arch.startswith("timm/"):
+            raise ValueError(f"model.init=torchvision: has no weights of model.arch={arch}; set random or a file")
         if width != 1:
             raise ValueError(f"model.init=torchvision: no weights exist for model.width={width}; set model.width=1")
         weights = _torchvision_weights(arch)
     else:
-        weights = read_weights(init)
+        weights = _for(encoder, read_weights(init))
     state = encoder.state_dict()
     fitting = {k: v for k, v in weights.items() if k in state and state[k].shape == v.shape}
     # Weights from before torch 0.4.1, including some of torchvision's, have no num_batches_tracked.
@@ -124,6 +132,34 @@ def initialize(encoder: Encoder, init: str, arch: str, width: float) -> str:
     unused = [k for k in weights if k not in fitting]
     left += f"; not used: {_some(unused)}" if unused else ""
     return f"{len(fitting)} of {len(state)} tensors from {init}{left}"
+
+
+def _for(encoder: Backbone, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename and interpolate the weights of a file as timm does for the model, if it is one of timm's."""
+    network = getattr(encoder, "network", None)
+    adapt = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if adapt is None or not type(network).__module__.startswith("timm."):
+        return weights
+    return {name: tensor for name, tensor in adapt(weights, network).items() if isinstance(tensor, Tensor)}
+
+
+def _timm_weights(arch: str, size: int) -> dict[str, Tensor]:
+    """Load timm's weights on all ranks. Raises ValueError on all of them if one can't."""
+    if not arch.startswith("timm/"):
+        raise ValueError(f"model.init=timm: model.arch={arch} is no model of timm; set model.arch=timm/NAME")
+    weights, problem = {}, ""
+    for downloads in (True, False):  # the first rank of each machine downloads, then the others read
+        if downloads == (collectives.local_rank() == 0):
+            try:
+                network, _ = create_timm(arch, size, pretrained=True)
+                weights = network.state_dict()
+            except ValueError as error:
+                problem = one_line(error, 300)
+        collectives.barrier()
+    problems = [text for text in collectives.all_gather_object(problem) if text]
+    if problems:
+        raise ValueError(f"model.init=timm: {problems[0]}; give a local file, or set model.init=random")
+    return weights
 
 
 def _torchvision_weights(arch: str) -> dict[str, Tensor]:

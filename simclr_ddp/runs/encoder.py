@@ -13,7 +13,8 @@ from simclr_ddp.config import options
 from simclr_ddp.config.schema import Pretrain
 from simclr_ddp.data.transform import Transform
 from simclr_ddp.distributed import collectives
-from simclr_ddp.models.resnet import Encoder
+from simclr_ddp.models.backbone import Backbone
+from simclr_ddp.models.backbones import make_encoder
 from simclr_ddp.models.simclr import projection_head
 from simclr_ddp.runs import checkpoint
 from simclr_ddp.runs.evaluations import weights_hash
@@ -72,7 +73,7 @@ class Spec(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    encoder: Encoder  # float32, on the CPU
+    encoder: Backbone  # float32, on the CPU
     spec: Spec
     settings: dict[str, Any]  # settings of the run by dotted key; {} if unknown
     file: Path  # file that was read
@@ -83,10 +84,7 @@ class Loaded(NamedTuple):
     @property
     def transform(self) -> Transform:
         """Map a PIL image to the evaluation view [3, size, size] that the encoder expects."""
-        mean, std = self.spec.mean, self.spec.std
-        if self.settings.get("data.train") == "spirograph":  # its pictures are not normalised
-            mean, std = [0.0] * 3, [1.0] * 3
-        return Transform(self.spec.size, mean, std, self.spec.crop)
+        return Transform(self.spec.size, self.spec.mean, self.spec.std, self.spec.crop)
 
 
 class Stored(NamedTuple):
@@ -123,7 +121,7 @@ def load_encoder(path: str | Path) -> Loaded:
         raise ValueError(found["fault"])
     weights = collectives.broadcast_tensors(weights)
     file, spec = Path(found["file"]), Spec(*found["spec"])
-    encoder = Encoder(spec.arch, spec.width, spec.stem)
+    encoder = make_encoder(spec.arch, spec.width, spec.stem, spec.size)
     try:
         encoder.load_state_dict(weights)
     except RuntimeError as error:
@@ -185,11 +183,11 @@ def untrained_head(settings: dict[str, Any], width: int, seed: int) -> nn.Module
         return projection_head(kind, width, layers, hidden, out)
 
 
-def random_encoder(spec: Spec, seed: int) -> Encoder:
+def random_encoder(spec: Spec, seed: int) -> Backbone:
     """Create an untrained encoder of the same architecture, whose weights depend only on the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Encoder(spec.arch, spec.width, spec.stem)
+        return make_encoder(spec.arch, spec.width, spec.stem, spec.size)
 
 
 def _in_run(run_dir: Path) -> tuple[Path, Stored]:

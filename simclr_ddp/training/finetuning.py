@@ -21,8 +21,8 @@ from simclr_ddp.data.dataset import Dataset
 from simclr_ddp.data.subset import class_balanced, listed, split
 from simclr_ddp.distributed import collectives, ddp
 from simclr_ddp.distributed.runtime import Runtime
+from simclr_ddp.models.backbones import make_encoder
 from simclr_ddp.models.classifier import Classifier, first_layers
-from simclr_ddp.models.resnet import Encoder
 from simclr_ddp.runs.encoder import Loaded, load_head, untrained_head
 from simclr_ddp.system import files
 from simclr_ddp.system.machine import usable_workers
@@ -321,7 +321,12 @@ def make_finetuning(
 ) -> Finetuning:
     """Build the bundle; `saved` is the checkpoint to resume from. All ranks call it together."""
     spec = loaded.spec
-    encoder = Encoder(spec.arch, spec.width, spec.stem, settings.checkpoint_stages and not settings.frozen)
+    recomputed = settings.checkpoint_stages and not settings.frozen
+    encoder = make_encoder(spec.arch, spec.width, spec.stem, spec.size, checkpoint_stages=recomputed)
+    if settings.optim.layer_decay != 1 and not encoder.stages():
+        raise ValueError(
+            f"optim.layer_decay={settings.optim.layer_decay:g}: the stages of {spec.arch} are not known; leave it out"
+        )
     encoder.load_state_dict(loaded.encoder.state_dict())
     model = Classifier(
         encoder,

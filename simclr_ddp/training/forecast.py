@@ -12,7 +12,7 @@ from simclr_ddp.data.batches import VIEWS
 from simclr_ddp.data.dataset import Dataset
 from simclr_ddp.losses import p_norm, tiling
 from simclr_ddp.losses.kernels import MIXTURES, tile_kernel
-from simclr_ddp.models.resnet import Encoder
+from simclr_ddp.models.backbones import make_encoder
 from simclr_ddp.models.simclr import SimCLR, projection_head
 from simclr_ddp.training.components import make_objective
 from simclr_ddp.training.preflight import Finding
@@ -33,7 +33,8 @@ def blank_model(settings: Pretrain) -> SimCLR:
     """Build the model on the meta device, where it takes no memory."""
     with torch.device("meta"):
         m = settings.model
-        encoder = Encoder(m.arch, m.width, m.stem, m.checkpoint_stages)
+        size = settings.data.size
+        encoder = make_encoder(m.arch, m.width, m.stem, size, checkpoint_stages=m.checkpoint_stages)
         head = settings.head
         return SimCLR(encoder, projection_head(head.kind, encoder.width_out, head.layers, head.hidden, head.out))
 

@@ -16,7 +16,7 @@ from simclr_ddp.data.batches import PREFETCH, VIEWS, usable_loader
 from simclr_ddp.data.dataset import Dataset
 from simclr_ddp.distributed import collectives
 from simclr_ddp.distributed.runtime import Runtime
-from simclr_ddp.models.resnet import Encoder
+from simclr_ddp.models.backbones import make_encoder
 from simclr_ddp.runs import checkpoint
 from simclr_ddp.system import console
 from simclr_ddp.system.machine import available_bytes, cores, usable_workers
@@ -71,7 +71,7 @@ def loss_backend(settings: Pretrain, runtime: Runtime) -> None:
     if settings.head.kind == "none":
         m = settings.model
         with torch.device("meta"):
-            width = Encoder(m.arch, m.width, m.stem).width_out
+            width = make_encoder(m.arch, m.width, m.stem, settings.data.size).width_out
         of = f"with head.kind=none those of model.arch={m.arch}, model.width={m.width:g} have {width:,}"
     for fault, text in (
         (runtime.device.type == "cpu", "it needs a GPU, and this run is on the CPU"),

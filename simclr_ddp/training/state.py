@@ -9,7 +9,7 @@ from simclr_ddp.config.schema import Pretrain
 from simclr_ddp.data.dataset import Dataset
 from simclr_ddp.distributed import collectives
 from simclr_ddp.distributed.runtime import Runtime
-from simclr_ddp.models.resnet import Encoder
+from simclr_ddp.models.backbones import make_encoder
 from simclr_ddp.models.simclr import SimCLR, projection_head
 from simclr_ddp.models.weights import initialize
 from simclr_ddp.system import console
@@ -105,9 +105,10 @@ class State(TrainingState):
         """`saved` is the checkpoint to resume from; model.init is used only without one."""
         torch.manual_seed(settings.seed)  # initial weights, drawn on the CPU: equal on all ranks and devices
         m = settings.model
-        encoder = Encoder(m.arch, m.width, m.stem, m.checkpoint_stages)
+        size = settings.data.size
+        encoder = make_encoder(m.arch, m.width, m.stem, size, checkpoint_stages=m.checkpoint_stages)
         init = "random" if saved else m.init
-        self.loaded = initialize(encoder, init, m.arch, m.width)
+        self.loaded = initialize(encoder, init, m.arch, m.width, size)
         head = settings.head
         projection = projection_head(head.kind, encoder.width_out, head.layers, head.hidden, head.out)
         classes = dataset.class_count if settings.probe.enabled else 0

@@ -45,7 +45,9 @@ def sums_of(n: int) -> tuple[Tensor, Tensor]:
         x, labels, held = samples(n)
         shared = Shared(helpers, Features(x), labels, CLASSES).select(torch.arange(n)[held])
         loss, gradient = shared.sums(torch.ones(2, CLASSES, 6, dtype=torch.float64))
-        return torch.cat([loss, gradient.flatten()]), shared.hessian_sum(torch.ones(CLASSES, 6), torch.arange(0, n, 3))
+        w, rows = torch.linspace(-1, 1, CLASSES * 6).view(CLASSES, 6), torch.arange(0, n, 3)
+        hessians = shared.hessian_sum(w, rows).flatten(), shared.coupled_hessian_sum(w, rows).flatten()
+        return torch.cat([loss, gradient.flatten()]), torch.cat(hessians)
 
 
 def test_any_ranks_find_the_solution_of_one(ranks: Ranks) -> None:
@@ -63,7 +65,8 @@ def test_sums_over_ranks_are_those_of_one_process(ranks: Ranks, n: int) -> None:
     x, labels, held = samples(n)
     alone = CrossEntropy(Features(x), labels, torch.arange(n)[held], CLASSES)
     loss, gradient = alone.sums(torch.ones(2, CLASSES, 6, dtype=torch.float64))
-    expected = alone.hessian_sum(torch.ones(CLASSES, 6), torch.arange(0, n, 3))
+    w, rows = torch.linspace(-1, 1, CLASSES * 6).view(CLASSES, 6), torch.arange(0, n, 3)
+    expected = torch.cat([alone.hessian_sum(w, rows).flatten(), alone.coupled_hessian_sum(w, rows).flatten()])
     for world_size in (2, 4):  # with three samples on four ranks, one has none
         (sums, hessian), *_ = ranks.run(world_size, sums_of, n)
         torch.testing.assert_close(sums, torch.cat([loss, gradient.flatten()]), rtol=1e-13, atol=1e-13)

@@ -60,4 +60,6 @@ def assert_equal_runs(run_dir: Path, alone: Path, steps: tuple[int, ...]) -> Non
     for step in steps:
         for key, value in model_at(alone, step).items():
             if value.is_floating_point():
-                assert relative_difference(model_at(run_dir, step)[key], value) < 1e-10, (key, step)
+                found = model_at(run_dir, step)[key]
+                # Batch norm removes some shifts: their gradient, and what is left of them, is rounding alone.
+                assert relative_difference(found, value) < 1e-10 or (found - value).norm() < 1e-11, (key, step)
