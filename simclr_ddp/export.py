@@ -1,7 +1,7 @@
 """Write an encoder for other tools: `python -m simclr_ddp.export RUN format=NAME key=value ...`
 
 format=torchvision writes a state dict for torchvision's class, format=timm a folder that timm and Hugging Face's hub
-read, format=onnx and format=torch_export a network of any architecture with a free number of images, and
+read, format=onnx and format=torch_export a network of any architecture for any batch size, and
 format=safetensors the encoder of a checkpoint for this tool. torchvision and timm have no ResNet of another width or
 with a 3x3 stem.
 
@@ -33,9 +33,14 @@ def export(settings: Export) -> int:
     if fault := export_formats.fault(loaded.spec, settings.format):
         raise ValueError(fault)
     folder = Path(settings.output) if settings.output else loaded.folder / "export" / settings.format
+    card_file = folder / "README.md"
+    if card_file.exists() and "pipeline_tag: image-feature-extraction" not in card_file.read_text(errors="replace"):
+        raise ValueError(
+            f"output={folder}: its README.md is no model card; choose a folder for the files of this export"
+        )
     checked = export_formats.write(loaded, settings.format, folder)
     card = model_card(loaded, settings.format, folder)
-    replace_atomically(folder / "README.md", lambda temporary: temporary.write_text(card))
+    replace_atomically(card_file, lambda temporary: temporary.write_text(card))
     step = "" if loaded.step is None else f" of step {loaded.step}"
     console.say(f"{loaded.file}{step}: written to {folder}; {checked}")
     return 0

@@ -54,9 +54,10 @@ def finetune(settings: Finetune) -> int:
     from simclr_ddp.data.batches import describe_loader
     from simclr_ddp.distributed import collectives
     from simclr_ddp.evaluation.labels import open_labelled
+    from simclr_ddp.evaluation.subject import open_encoder
     from simclr_ddp.runs import evaluations
     from simclr_ddp.runs.directory import locked
-    from simclr_ddp.runs.encoder import load_encoder, random_encoder
+    from simclr_ddp.runs.encoder import random_encoder
     from simclr_ddp.system.console import say, warn
     from simclr_ddp.system.machine import usable_workers
     from simclr_ddp.training import finetuning, lifecycle, preflight
@@ -64,9 +65,7 @@ def finetune(settings: Finetune) -> int:
 
     with lifecycle.joined(settings.device, settings.precision, settings.threads, settings.timeout) as runtime:
         # --- Open encoder and data; all ranks agree on settings, versions and data ----------------------------------
-        loaded = load_encoder(settings.run)
-        if settings.size:
-            loaded = loaded._replace(spec=loaded.spec._replace(size=settings.size))
+        loaded, _ = open_encoder(settings.run, settings.size)
         if settings.random_init:
             loaded = loaded._replace(encoder=random_encoder(loaded.spec, settings.seed))
         train, test, split = open_labelled({"train": settings.train, "test": settings.test}, loaded)

@@ -102,6 +102,7 @@ def test_the_encoder_of_a_checkpoint(small: Path, tmp_path: Path) -> None:
     assert export.main([str(small / CHECKPOINT), f"output={tmp_path}", "size=24", "crop=1"]) == 0
     again, loaded = load_encoder(tmp_path / "encoder.safetensors"), load_encoder(small)
     assert again.hash == loaded.hash and again.spec.size == 24 and again.step == STEP
+    assert again.transform.crop == 1 and json.loads((tmp_path / "preprocessing.json").read_text())["crop_fraction"] == 1
     pixels = np.zeros((1, 30, 40, 3), np.uint8)
     assert embed_images(again, pixels).shape == embed_images(loaded, pixels).shape
 
@@ -174,6 +175,13 @@ def test_a_wrong_file_is_not_called_right(plain: Path, tmp_path: Path, monkeypat
     monkeypatch.setitem(export_formats.WRITERS, "timm", wrong)
     with pytest.raises(ValueError, match=r"the timm encoder has other representations, by 1\.0e-03"):
         export_formats.write(load_encoder(plain), "timm", tmp_path)
+
+
+def test_a_readme_of_somebody_else_is_kept(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    assert export.main([str(small), f"output={tmp_path}"]) == 2
+    assert "its README.md is no model card" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
 def test_what_is_not_installed_is_named(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

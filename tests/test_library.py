@@ -163,6 +163,12 @@ def test_conversion_keeps_parameters_and_names() -> None:
     assert isinstance(CrossRankBatchNorm.convert(nn.BatchNorm1d(3)), CrossRankBatchNorm)
 
 
+def test_a_layer_in_two_places_stays_one_layer() -> None:
+    norm = nn.BatchNorm1d(3)
+    model = CrossRankBatchNorm.convert(nn.Sequential(norm, nn.Sequential(nn.ReLU(), norm), norm))
+    assert model[0] is model[2] is model[1][1] and isinstance(model[0], CrossRankBatchNorm)
+
+
 @pytest.mark.parametrize(
     ("norm", "message"),
     [
@@ -194,6 +200,12 @@ def test_lars_leaves_norms_tokens_and_positions_unadapted() -> None:
         n for n, p in vit.named_parameters() if any(p is w for w in parameter_groups(vit)[0])
     }
     assert [n for n, _ in convnext.named_parameters() if "layer_scale" in n]
+
+
+def test_parametrised_weights_are_weights() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
+    weights, others = parameter_groups(nn.Sequential(layer))
+    assert sorted(p.shape for p in weights) == [(5, 1), (5, 4)] and [tuple(p.shape) for p in others] == [(5,)]
 
 
 def loop(kind: str, images: Tensor, steps: int = 3) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """Source of write_dataset: a data set of PIL images in Python, such as those of torchvision."""
 
+import operator
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from simclr_ddp.data import beton
 from simclr_ddp.data.convert import DEEP, Source, Storage, Stored, encode, rgb
@@ -29,7 +30,15 @@ def read_items(items: Items, split: str, storage: Storage) -> Source:
     labels = np.zeros(count, np.int64)
 
     def load(i: int) -> Stored:
-        image, label = _parts(items[i], kind, i)
+        try:
+            image, label = _parts(items[i], kind, i)
+            image = ImageOps.exif_transpose(image)
+        except MemoryError:
+            raise
+        except ValueError:
+            raise
+        except Exception as error:  # the data set and Pillow raise almost any exception for broken data
+            raise ValueError(f"item {i} of {kind} can't be read ({error}); fix it, or set on_error=skip") from error
         if (label is not None) != labelled:
             raise ValueError(
                 f"item {i} of {kind} has {'no' if labelled else 'a'} class, unlike item 0; give all or none"
@@ -62,7 +71,7 @@ def _parts(item: Any, kind: str, i: int) -> tuple[Image.Image, int | None]:
     if label is None:
         return image, None
     try:
-        number = int(label)
+        number = operator.index(label)
     except (TypeError, ValueError) as error:
         raise ValueError(f"item {i} of {kind} has the class {label!r}; classes must be integers") from error
     return image, number if number >= 0 else None

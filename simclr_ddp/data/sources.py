@@ -17,10 +17,11 @@ from simclr_ddp.system.console import printable, say
 GIVE = f"give a folder of images, {', '.join(CIFAR)} or spirograph"
 
 
-def find(source: str | Items, *, split: str | None, storage: Storage, images: int | None) -> Source:
+def find(source: str | Path | Items, *, split: str | None, storage: Storage, images: int | None) -> Source:
     """Find the data set of that name or in that folder, without decoding images."""
-    if not isinstance(source, str):
+    if not isinstance(source, str | Path):
         return read_items(source, split or "train", storage)
+    source = str(source)
     if source == "spirograph":
         split = split or "train"
         return _spirograph(split, images or (20_000 if split == "test" else 100_000), storage.quality, storage.mode)

@@ -27,7 +27,7 @@ PROBED = 256  # images that are converted first to estimate space and time
 
 
 def write_dataset(
-    source: str | Items,
+    source: str | Path | Items,
     out: str | Path,
     *,
     split: str | None = None,
@@ -138,8 +138,8 @@ def write_dataset(
     record.print(beton.sidecar(out))
 
 
-def _name(source: str | Items) -> str:
-    return printable(source) if isinstance(source, str) else type(source).__name__
+def _name(source: str | Path | Items) -> str:
+    return printable(str(source)) if isinstance(source, str | Path) else type(source).__name__
 
 
 class _Record:

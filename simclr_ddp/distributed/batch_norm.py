@@ -153,7 +153,7 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
         replacement is returned. Raises ValueError for layers without running statistics or with a cumulative average
         (momentum=None), which it does not have, and for subclasses of batch norm with a forward of their own.
         """
-        return _convert(model, "model")
+        return _convert(model, "model", {})
 
     def take(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
         """Take over the settings, parameters and statistics of another batch norm."""
@@ -197,11 +197,17 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
         return out
 
 
-def _convert(module: nn.Module, name: str) -> nn.Module:
+def _convert(module: nn.Module, name: str, known: dict[int, nn.Module]) -> nn.Module:
+    """Convert a module below `name`; `known` holds what was converted, since a layer may be in several places."""
+    if id(module) in known:
+        return known[id(module)]
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, CrossRankBatchNorm):
-        return _replacement(module, name)
-    for child_name, child in module.named_children():
-        setattr(module, child_name, _convert(child, f"{name}.{child_name}"))
+        known[id(module)] = _replacement(module, name)
+        return known[id(module)]
+    known[id(module)] = module
+    for child_name, child in list(module._modules.items()):
+        if child is not None:
+            module._modules[child_name] = _convert(child, f"{name}.{child_name}", known)
     return module
 
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -119,11 +119,14 @@ def _reserve(path: Path, header: int, numbers: int) -> Path:
     """Create a temporary file beside the path with room for so many bytes. Raises OSError if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(".*.tmp"):
-        if time.time() - old.stat().st_mtime > _LEFT_BEHIND:
-            old.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process has removed it
+            if time.time() - old.stat().st_mtime > _LEFT_BEHIND:
+                old.unlink()
     descriptor, name = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
     try:
-        os.posix_fallocate(descriptor, 0, header + numbers)
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(descriptor, 0, header + numbers)
+        os.truncate(descriptor, header + numbers)
         plain_permissions(Path(name))
     except OSError:
         Path(name).unlink()

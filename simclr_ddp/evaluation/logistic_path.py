@@ -210,14 +210,15 @@ class _Path:
         penalty = torch.full((classes, len(hessian) // classes), 2 * self.l2[i], dtype=torch.float64)
         penalty[:, -1] = 0
         diagonal = hessian.diagonal() + penalty.flatten().to(hessian.device)
-        ridge = _RIDGE * hessian.norm()
-        while True:
+        ridge = _RIDGE * hessian.norm().clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
+        for _ in range(10):
             regular = hessian.clone()
             regular.diagonal().copy_(diagonal + ridge)
             factor, failed = torch.linalg.cholesky_ex(regular)
             if not failed:
                 return factor
             ridge *= 100
+        raise ValueError("logistic regression: features are too large; standardise them")
 
     def _curvature(self, i: int) -> Tensor:
         """Averaged Hessian of a solution that is not far, or of the initial weights."""

@@ -6,8 +6,9 @@ from typing import Any
 
 from simclr_ddp import __version__
 from simclr_ddp.evaluation.report import describe_data, metrics, number, title
+from simclr_ddp.models.resnet import BLOCKS
 from simclr_ddp.runs import evaluations
-from simclr_ddp.runs.encoder import Loaded
+from simclr_ddp.runs.encoder import Loaded, Spec
 from simclr_ddp.runs.export_formats import LOADS, preprocessing
 
 RECIPE = (
@@ -41,7 +42,7 @@ tags:
 
 # {settings.get("name") or loaded.folder.name}
 
-Image encoder {spec.arch}, {spec.width:g} times as wide, with the stem {spec.stem}: images of {spec.size} x {spec.size}
+Image encoder {_architecture(spec)}: images of {spec.size} x {spec.size}
 pixels to representations of {loaded.encoder.width_out} numbers. It was trained without labels by
 [contrastive learning](https://arxiv.org/abs/2002.05709) with simclr_ddp {__version__}, and is saved {step}.
 
@@ -67,6 +68,11 @@ Weights: `{loaded.hash}` (of all tensors, as simclr_ddp names them).
 
 {_lines(hashes)}
 """
+
+
+def _architecture(spec: Spec) -> str:
+    own = f", {spec.width:g} times as wide, with the stem {spec.stem}"
+    return spec.arch + (own if spec.arch in BLOCKS else "")
 
 
 def _recipe(settings: dict[str, Any]) -> dict[str, Any]:

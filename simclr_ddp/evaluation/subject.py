@@ -45,7 +45,7 @@ def open_encoder(run: str, size: int, crop: float = 0.0) -> tuple[Loaded, int]:
             f"size={size}: {loaded.spec.arch} takes images of {loaded.spec.size} pixels only; leave it out"
         )
     own_size = loaded.spec.size  # encoders trained on small views do better on larger images (Touvron et al. 2019)
-    return loaded._replace(spec=loaded.spec._replace(size=size or own_size, crop=crop)), own_size
+    return loaded._replace(spec=loaded.spec._replace(size=size or own_size, crop=crop or loaded.spec.crop)), own_size
 
 
 def open_images(given: str, split: str, option: str, loaded: Loaded) -> Dataset:

@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Callable
 from importlib import import_module
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from simclr_ddp.models.backbone import Backbone
 from simclr_ddp.models.resnet import Encoder
 from simclr_ddp.system.errors import one_line
 
-RANDOM = ("Drop", "StochasticDepth", "MultiheadAttention")  # names of modules that may drop values at a rate
+RANDOM = ("Drop", "StochasticDepth", "MultiheadAttention", "LSTM", "GRU")  # in names of modules that may drop values
+REFUSED = ("pretrained", "checkpoint", "cache", "num_classes")  # beginnings of arguments that would read other files
 PREFIX = "network."
 
 
@@ -72,8 +74,8 @@ def timm_arguments(arch: str) -> tuple[str, dict[str, Any]]:
     arguments: dict[str, Any] = {}
     for word in words:
         key, is_set, text = word.partition("=")
-        if not key.isidentifier() or not is_set:
-            raise ValueError(f"model.arch={arch}: {word!r} is no argument; write timm/NAME,key=value")
+        if not key.isidentifier() or not is_set or key.startswith(REFUSED):
+            raise ValueError(f"model.arch={arch}: {word} is no argument of an architecture; leave it out")
         try:
             arguments[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -92,15 +94,24 @@ def create_timm(arch: str, size: int, *, pretrained: bool = False) -> tuple[nn.M
         near = difflib.get_close_matches(name, timm.list_models(), 1)
         hint = f"did you mean timm/{near[0]}?" if near else "timm.list_models() has all names"
         raise ValueError(f"model.arch={arch}: timm has no model {name}; {hint}")
-    known = timm.get_pretrained_cfg(name)
-    fixed = bool(known is not None and known.fixed_input_size)
-    sized = {"img_size": size} if fixed else {}
     try:
+        known = timm.get_pretrained_cfg(name)
+        fixed = bool(known is not None and known.fixed_input_size)
+        sized = {"img_size": size} if fixed else {}
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **(sized | arguments)), fixed
     except Exception as error:  # every model raises errors of its own
         raise ValueError(
             f"model.arch={arch}: timm can't make it for images of {size} pixels ({one_line(error, 200)})"
         ) from error
+
+
+def expected_input(arch: str) -> str:
+    """The images that timm's weights were trained on, as options of a run."""
+    import timm
+
+    known: Any = timm.get_pretrained_cfg(timm_arguments(arch)[0])
+    values = {"size": known.input_size[-1], "augmentation.mean": list(known.mean), "augmentation.std": list(known.std)}
+    return "they were trained with " + " ".join(f"data.{key}={value}" for key, value in values.items())
 
 
 def _timm(arch: str, size: int) -> tuple[nn.Module, bool]:
@@ -130,36 +141,53 @@ def _plain_batch_norms(network: nn.Module) -> nn.Module:
 
 
 def _called(arch: str) -> nn.Module:
-    """Return what the user's function returns. Nothing is imported before its file is found to mark the function."""
+    """Return what the user's function returns. The module is not imported before its source is found to mark it."""
     module, _, name = arch.partition(":")
-    try:
-        found = find_spec(module)
-    except (ImportError, ValueError):
-        found = None
-    if found is None or not found.origin or not found.origin.endswith(".py"):
+    file = _source(module)
+    if file is None:
         raise ValueError(f"model.arch={arch}: there is no module {module}; add its folder to PYTHONPATH")
-    if not _is_marked(Path(found.origin), name):
-        raise ValueError(
-            f"model.arch={arch}: {found.origin} has no function {name} with the decorator @simclr_ddp.backbone above it"
-        )
-    network = getattr(import_module(module), name)()
+    unmarked = f"model.arch={arch}: {file} has no function {name} with the decorator @simclr_ddp.backbone above it"
+    if not _is_marked(file, name):
+        raise ValueError(unmarked)
+    function = getattr(import_module(module), name)
+    if not getattr(function, "is_backbone", False):
+        raise ValueError(unmarked)
+    network = function()
     if not isinstance(network, nn.Module):
         raise ValueError(f"model.arch={arch}: returns a {type(network).__name__}; must be a torch.nn.Module")
     return network
 
 
+def _source(module: str) -> Path | None:
+    """The source file of a module, found without importing it or its packages."""
+    path, found = None, None
+    names = module.split(".")
+    for i in range(len(names)):
+        try:
+            found = PathFinder.find_spec(".".join(names[: i + 1]), path)
+        except (ImportError, ValueError, KeyError):
+            return None
+        if found is None:
+            return None
+        path = found.submodule_search_locations
+    return Path(found.origin) if found and found.origin and found.origin.endswith(".py") else None
+
+
 def _is_marked(file: Path, name: str) -> bool:
     """Whether the file defines a function of that name with a decorator called backbone."""
-    functions = [f for f in ast.parse(file.read_text()).body if isinstance(f, ast.FunctionDef) and f.name == name]
+    try:
+        body = ast.parse(file.read_text()).body
+    except (SyntaxError, ValueError):
+        return False
+    functions = [f for f in body if isinstance(f, ast.FunctionDef) and f.name == name]
     marks = [getattr(mark, "attr", getattr(mark, "id", "")) for f in functions for mark in f.decorator_list]
     return "backbone" in marks
 
 
 def _check_deterministic(arch: str, network: nn.Module) -> None:
     for name, module in network.named_modules():
-        keys = (
-            ("drop_prob", "drop_rate", "p", "dropout") if type(module).__name__.startswith(RANDOM) else ("drop_rate",)
-        )
+        drops = any(word in type(module).__name__ for word in RANDOM)
+        keys = ("drop_prob", "drop_rate", "p", "prob", "dropout") if drops else ("drop_rate",)
         rate = next((rate for rate in (getattr(module, key, None) for key in keys) if rate), 0.0)
         if rate:
             raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from simclr_ddp.distributed import collectives
 from simclr_ddp.models.backbone import Backbone
-from simclr_ddp.models.backbones import create_timm
+from simclr_ddp.models.backbones import create_timm, expected_input
 from simclr_ddp.system.errors import one_line
 from simclr_ddp.system.files import not_a_file
 
@@ -131,6 +131,7 @@ def initialize(encoder: Backbone, init: str, arch: str, width: float, size: int 
     left = f"; random: {', '.join(missing)}" if missing else ""
     unused = [k for k in weights if k not in fitting]
     left += f"; not used: {_some(unused)}" if unused else ""
+    left += f"; {expected_input(arch)}" if init == "timm" else ""
     return f"{len(fitting)} of {len(state)} tensors from {init}{left}"
 
 

@@ -34,6 +34,11 @@ def export_encoder(path: Path, encoder: nn.Module, metadata: dict[str, str]) -> 
 def export_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors as safetensors; equal ones with equal metadata give equal bytes. Raises OSError if it can't."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():  # safetensors refuses tensors that share memory, such as tied weights
+        if tensor.data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
 
     def write(temporary: Path) -> None:
         try:
@@ -226,9 +231,8 @@ def _exported(file: Path) -> Stored:
         raise ValueError(f"{file} can't be read as safetensors ({error}); copy or export it again") from error
     try:
         mean, std = json.loads(metadata["mean"]), json.loads(metadata["std"])
-        spec = Spec(
-            metadata["arch"], float(metadata["width"]), metadata["stem"], int(metadata["size"]), list(mean), list(std)
-        )
+        width, size, crop = float(metadata["width"]), int(metadata["size"]), float(metadata.get("crop", 0))
+        spec = Spec(metadata["arch"], width, metadata["stem"], size, list(mean), list(std), crop)
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
             f"{file} has no valid metadata of its encoder ({type(error).__name__} {error}); "
@@ -271,14 +275,14 @@ def encoder_metadata(settings: Pretrain, step: int) -> dict[str, str]:
     return spec_metadata(Spec(model.arch, model.width, model.stem, data.size, mean, std), step)
 
 
-def spec_metadata(spec: Spec, step: int) -> dict[str, str]:
+def spec_metadata(spec: Spec, step: int | None) -> dict[str, str]:
     """Metadata to rebuild the encoder, with its step."""
-    return {
+    return ({"crop": repr(spec.crop)} if spec.crop else {}) | {
         "arch": spec.arch,
         "width": repr(spec.width),
         "stem": spec.stem,
         "size": str(spec.size),
         "mean": repr(list(spec.mean)),
         "std": repr(list(spec.std)),
-        "step": str(step),
+        "step": "" if step is None else str(step),
     }

@@ -16,6 +16,8 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from simclr_ddp.models.backbones import make_encoder
+from simclr_ddp.models.resnet import BLOCKS
 from simclr_ddp.runs.encoder import Loaded, Spec, export_encoder, export_tensors, spec_metadata
 from simclr_ddp.system.files import replace_atomically
 
@@ -40,6 +42,10 @@ def fault(spec: Spec, form: str) -> str:
     """Why a format can't hold the encoder, or ""."""
     if missing := [name for name in NEEDS.get(form, ()) if find_spec(name) is None]:
         return f"format={form}: {', '.join(missing)} not installed; pip install '.[onnx]'"
+    if form in ("torchvision", "timm") and spec.arch not in BLOCKS:
+        return (
+            f"format={form}: holds the ResNets of this tool; choose format=onnx or format=torch_export for {spec.arch}"
+        )
     if form in ("torchvision", "timm") and (spec.stem != "imagenet" or spec.width != 1):
         why = f"model.stem={spec.stem}" if spec.stem != "imagenet" else f"model.width={spec.width:g}"
         return (
@@ -91,8 +97,9 @@ def preprocessing(loaded: Loaded) -> dict[str, Any]:
 
 def _safetensors(loaded: Loaded, images: Tensor, folder: Path) -> Tensor:
     file = folder / "encoder.safetensors"
-    export_encoder(file, loaded.encoder, spec_metadata(loaded.spec, loaded.step or 0))
-    again = type(loaded.encoder)(loaded.spec.arch, loaded.spec.width, loaded.spec.stem)
+    spec = loaded.spec
+    export_encoder(file, loaded.encoder, spec_metadata(spec, loaded.step))
+    again = make_encoder(spec.arch, spec.width, spec.stem, spec.size)
     again.load_state_dict(load_file(file))
     return _forward(again, images)
 

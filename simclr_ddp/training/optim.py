@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import ParametrizationList
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -135,7 +136,8 @@ def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     others: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            token = "weight" not in name and next(module.children(), None) is not None
+            parametrized = isinstance(module, ParametrizationList)  # of weight norm and the like
+            token = "weight" not in name and not parametrized and next(module.children(), None) is not None
             (others if parameter.dim() < 2 or isinstance(module, NORMS) or token else weights).append(parameter)
     return weights, others
 

@@ -58,12 +58,30 @@ def test_a_data_set_of_torchvision(tmp_path: Path) -> None:
     assert found.count == 10 and found.classes is None and found.class_count <= 4
 
 
+def test_exif_turns_an_item_and_broken_items_can_be_skipped(tmp_path: Path) -> None:
+    class Broken(Pictures):
+        def __getitem__(self, i: int) -> Any:
+            if i == 1:
+                raise OSError("truncated")
+            return super().__getitem__(i)
+
+    turned = picture(0)
+    turned.getexif()[0x0112] = 6
+    items = Broken(turned, picture(1), picture(2))
+    with pytest.raises(ValueError, match=r"item 1 of Broken can't be read \(truncated\); fix it, or set on_error=skip"):
+        write_dataset(items, tmp_path / "x.beton")
+    write_dataset(items, tmp_path / "x.beton", on_error="skip")
+    found = open_dataset(str(tmp_path / "x.beton"), "train")
+    assert found.count == 2 and found.file.sizes.tolist() == [[12, 9], [9, 12]]
+
+
 @pytest.mark.parametrize(
     ("items", "message"),
     [
         ((), "source: Pictures is empty; give a data set of PIL images"),
         ((np.zeros((3, 3)),), "item 0 of Pictures is a ndarray; items must be PIL images"),
         (((picture(0), "cat"),), "item 0 of Pictures has the class 'cat'; classes must be integers"),
+        (((picture(0), 0.7),), "item 0 of Pictures has the class 0.7; classes must be integers"),
         ((picture(0), (picture(1), 2)), "item 1 of Pictures has a class, unlike item 0; give all or none"),
         (((picture(0), 2), picture(1)), "item 1 of Pictures has no class, unlike item 0; give all or none"),
         ((Image.fromarray(np.zeros((3, 3), np.uint16)),), r"item 0 of Pictures has more than 8 bits \(mode I;16\)"),

@@ -486,11 +486,9 @@ def test_a_compiled_step_is_the_same_and_compiled_once(ranks: Ranks) -> None:
         assert [m["collectives"] for m in made] == [8] * len(made)
 
 
-def test_other_shapes_are_refused(ranks: Ranks) -> None:
-    with pytest.raises(ValueError, match=r"expects \[B, C\] or \[B, C, H, W\], got shape \(2, 3, 4\)"):
-        CrossRankBatchNorm(3)(torch.zeros(2, 3, 4))
-    with pytest.raises(AssertionError, match=r"got shape \(4, 3, 4\)"):
-        ranks.run(2, in_float32, torch.zeros(8, 3, 4), False)
+def test_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expects \[B, C, ...\], got shape \(3,\)"):
+        CrossRankBatchNorm(3)(torch.zeros(3))
 
 
 # --- DDP ------------------------------------------------------------------------------------------------------------

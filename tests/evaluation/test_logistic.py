@@ -320,6 +320,14 @@ def test_the_complete_hessian_is_that_of_the_mean_cross_entropy(scale: float) ->
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
 
 
+def test_saturated_probabilities_end() -> None:
+    """Without a penalty, on separable samples, the Hessian vanishes."""
+    x = torch.tensor([[-1.0], [1.0]]).repeat(10, 1)
+    labels = torch.arange(20) % 2
+    found = solutions(Features(x), labels, torch.arange(20), [0.0, 1e-14], classes=2, tolerance=0)
+    assert all(s.predict(x.double()).argmax(1).equal(labels) for s in found)
+
+
 # --- features that fill the memory ----------------------------------------------------------------------------------
 
 

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from simclr_ddp import load_encoder, pretrain
+from simclr_ddp import export, load_encoder, pretrain
 from simclr_ddp.distributed import collectives
 from simclr_ddp.distributed.batch_norm import CrossRankBatchNorm
+from simclr_ddp.models import weights
 from simclr_ddp.models.backbones import ForeignEncoder, make_encoder, timm_arguments
 from simclr_ddp.models.weights import initialize
+from simclr_ddp.runs.encoder import Spec, export_encoder, spec_metadata
 from tests.support import parity_run, tiny_run
 from tests.support.parity_run import STEPS, assert_equal_runs, model_at, relative_difference
 from tests.support.ranks import Ranks
@@ -95,6 +97,32 @@ def test_the_users_function_is_trained_and_loaded(own: str, images: Path, tmp_pa
     )
 
 
+def test_a_name_in_a_foreign_file_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "unwanted_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('it was imported')")
+    (package / "nets.py").write_text("def f():\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for arch in ("unwanted_package.nets:f", "unwanted_package.nothing:f", "unwanted_package:f"):
+        with pytest.raises(ValueError, match=r"has no function f with the decorator|there is no module"):
+            make_encoder(arch, size=32)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch_export", "timm", "torchvision"])
+def test_other_encoders_are_exported(form: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    spec = Spec(VIT, 1.0, "imagenet", 20, [0.5] * 3, [0.5] * 3)
+    torch.manual_seed(0)
+    export_encoder(tmp_path / "encoder.safetensors", make_encoder(VIT, size=20), spec_metadata(spec, 7))
+    status = export.main([str(tmp_path / "encoder.safetensors"), f"format={form}", f"output={tmp_path / 'out'}"])
+    printed = capfd.readouterr()
+    if form in ("timm", "torchvision"):
+        assert status == 2 and f"format={form}: holds the ResNets of this tool; choose format=onnx" in printed.err
+        assert not (tmp_path / "out").exists()
+    else:
+        assert status == 0 and "read again: representations" in printed.out
+        assert f"Image encoder {VIT}: images of 20 x 20" in (tmp_path / "out/README.md").read_text()
+
+
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +174,16 @@ def test_position_embeddings_of_a_file_are_interpolated(tmp_path: Path) -> None:
     assert state["pos_embed"].shape != large.state_dict()["pos_embed"].shape
 
 
+def test_weights_of_timm_come_with_the_input_that_they_expect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The download is replaced by random weights: tests have no network."""
+    given = make_encoder("timm/resnet10t", size=32)
+    monkeypatch.setattr(weights, "create_timm", lambda arch, size, pretrained: (given.network, False))
+    encoder = make_encoder("timm/resnet10t", size=32)
+    text = initialize(encoder, "timm", "timm/resnet10t", 1.0, 32)
+    assert "they were trained with data.size=176 data.augmentation.mean=[0.485, 0.456, 0.406]" in text
+    assert torch.equal(encoder.state_dict()["conv1.0.weight"], given.state_dict()["conv1.0.weight"])
+
+
 def test_arguments_of_timm() -> None:
     assert timm_arguments("timm/x.y_z") == ("x.y_z", {})
     assert timm_arguments("timm/x,a=1,b=[1,2],c=avg") == ("x", {"a": 1, "b": [1, 2], "c": "avg"})
@@ -158,9 +196,13 @@ def test_arguments_of_timm() -> None:
         ("timm/vit_tiny_patch16_224,nothing=1", "timm can't make it for images of 32 pixels"),
         ("timm/resnet10t,drop_rate=0.1", "it is ResNet at rate 0.1"),
         ("timm/convnext_atto,drop_path_rate=0.1", "is DropPath at rate"),
+        ("timm/resnet10t,checkpoint_path=/tmp/x.pth", "checkpoint_path=/tmp/x.pth is no argument of an architecture"),
         ("timm/resnet10t,1", "timm has no model resnet10t,1; did you mean timm/resnet10t?"),
         ("no_such_module_here:f", "there is no module no_such_module_here; add its folder to PYTHONPATH"),
         ("shutil:which", "has no function which with the decorator @simclr_ddp.backbone above it"),
+        ("{own}.inside:tiny", "there is no module"),
+        ("timm/vit_tiny_patch16_224,patch_drop_rate=0.5", "is PatchDropout at rate 0.5"),
+        ("timm/resnet18.nonsense", "timm can't make it"),
         ("{own}:unmarked", "has no function unmarked with the decorator"),
         ("{own}:dropping", "1 is Dropout at rate 0.5, whose random numbers belong to no image"),
         ("{own}:pictures", r"returns shape \[1, 3, 32, 32\] for one image; must be \[1, D\]"),
