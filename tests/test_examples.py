@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -41,6 +42,11 @@ def trained_by(name: str) -> dict[str, Tensor]:
     try:
         found: nn.Module = example(name).train(network(), views())
     finally:
+        if "accelerate" in sys.modules:  # it remembers the first number of processes
+            from accelerate.state import AcceleratorState, GradientState
+
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
         for key in ("TORCHELASTIC_RUN_ID", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU"):
             os.environ.pop(key, None)
     return {key: value.detach().clone() for key, value in found.state_dict().items()}
