@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -189,7 +188,10 @@ def test_lars_leaves_norms_tokens_and_positions_unadapted() -> None:
     vit = VisionTransformer(image_size=8, patch_size=4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=16)
     convnext = ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)])
     convnext.features.append(nn.LayerNorm([4, 2, 2]))  # of more than one dimension
-    for model, free in ((vit, {"class_token", "encoder.pos_embedding"}), (convnext, {"features.4.weight"})):
+    for model, free in (
+        (vit, {"class_token", "encoder.pos_embedding"}),
+        (convnext, {"features.4.weight", "features.1.0.layer_scale"}),
+    ):
         names = {p: n for n, p in model.named_parameters()}
         weights, others = ({names[p] for p in group} for group in parameter_groups(model))
         assert weights | others == set(names.values()) and not weights & others
@@ -199,7 +201,6 @@ def test_lars_leaves_norms_tokens_and_positions_unadapted() -> None:
     assert "encoder.layers.encoder_layer_0.self_attention.in_proj_weight" in {
         n for n, p in vit.named_parameters() if any(p is w for w in parameter_groups(vit)[0])
     }
-    assert [n for n, _ in convnext.named_parameters() if "layer_scale" in n]
 
 
 def test_parametrised_weights_are_weights() -> None:
@@ -274,4 +275,3 @@ def test_a_compiled_step_has_the_gradient_of_an_eager_one() -> None:
 
 def test_a_repr_names_kernel_and_temperature() -> None:
     assert repr(KernelInfoNCE("laplacian", 0.3)).startswith("KernelInfoNCE(kernel='laplacian', temperature=0.3,")
-    assert not dist.is_initialized()

@@ -116,7 +116,7 @@ def _header(key: dict[str, Any], shape: tuple[int, int], numbers: str, checksum:
 
 
 def _reserve(path: Path, header: int, numbers: int) -> Path:
-    """Create a temporary file beside the path with room for so many bytes. Raises OSError if the disk is full."""
+    """Create a temporary file beside the path, of `header` + `numbers` bytes. Raises OSError if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(".*.tmp"):
         with suppress(FileNotFoundError):  # another process has removed it

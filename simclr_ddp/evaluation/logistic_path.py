@@ -203,7 +203,7 @@ class _Path:
         return inverse
 
     def _factor(self, hessian: Tensor, i: int, classes: int) -> Tensor:
-        """Cholesky factor of a Hessian of so many classes with the penalty of strength i.
+        """Cholesky factor of a Hessian [classes * (D + 1), same] with the penalty of strength i.
 
         A ridge above the rounding errors of float32 keeps collinear features invertible.
         """
