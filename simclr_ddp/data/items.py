@@ -33,9 +33,7 @@ def read_items(items: Items, split: str, storage: Storage) -> Source:
         try:
             image, label = _parts(items[i], kind, i)
             image = ImageOps.exif_transpose(image)
-        except MemoryError:
-            raise
-        except ValueError:
+        except (MemoryError, ValueError):
             raise
         except Exception as error:  # the data set and Pillow raise almost any exception for broken data
             raise ValueError(f"item {i} of {kind} can't be read ({error}); fix it, or set on_error=skip") from error

@@ -100,9 +100,7 @@ class CrossEntropy:
             products = (p.float()[:, :, None] * z[:, None, :]).flatten(1)
             for block in range(k):  # only those above the diagonal
                 place, rest = slice(block * d, (block + 1) * d), slice((block + 1) * d, None)
-                spread = p[:, block] * (
-                    1 - p[:, block]
-                )  # as p - p^2 it would be lost to rounding where p is close to 1
+                spread = p[:, block] * (1 - p[:, block])  # p - p^2 would be lost to rounding where p is close to 1
                 hessian[place, place] += z.T @ (z * spread.float()[:, None])
                 hessian[place, rest] -= products[:, place].T @ products[:, rest]
         return hessian.triu() + hessian.triu(1).T

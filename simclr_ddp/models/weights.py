@@ -2,7 +2,8 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -116,7 +117,7 @@ def initialize(encoder: Backbone, init: str, arch: str, width: float, size: int 
             raise ValueError(f"model.init=torchvision: no weights exist for model.width={width}; set model.width=1")
         weights = _torchvision_weights(arch)
     else:
-        weights = _for(encoder, read_weights(init))
+        weights = _adapted(encoder, read_weights(init))
     state = encoder.state_dict()
     fitting = {k: v for k, v in weights.items() if k in state and state[k].shape == v.shape}
     # Weights from before torch 0.4.1, including some of torchvision's, have no num_batches_tracked.
@@ -135,7 +136,7 @@ def initialize(encoder: Backbone, init: str, arch: str, width: float, size: int 
     return f"{len(fitting)} of {len(state)} tensors from {init}{left}"
 
 
-def _for(encoder: Backbone, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _adapted(encoder: Backbone, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename and interpolate the weights of a file as timm does for the model, if it is one of timm's."""
     network = getattr(encoder, "network", None)
     adapt = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
@@ -148,39 +149,39 @@ def _timm_weights(arch: str, size: int) -> dict[str, Tensor]:
     """Load timm's weights on all ranks. Raises ValueError on all of them if one can't."""
     if not arch.startswith("timm/"):
         raise ValueError(f"model.init=timm: model.arch={arch} is no model of timm; set model.arch=timm/NAME")
-    weights, problem = {}, ""
-    for downloads in (True, False):  # the first rank of each machine downloads, then the others read
-        if downloads == (collectives.local_rank() == 0):
-            try:
-                network, _ = create_timm(arch, size, pretrained=True)
-                weights = network.state_dict()
-            except ValueError as error:
-                problem = one_line(error, 300)
-        collectives.barrier()
-    problems = [text for text in collectives.all_gather_object(problem) if text]
-    if problems:
-        raise ValueError(f"model.init=timm: {problems[0]}; give a local file, or set model.init=random")
+    weights, problem = _downloaded(lambda: create_timm(arch, size, pretrained=True)[0].state_dict())
+    if problem:
+        raise ValueError(f"model.init=timm: {problem}; give a local file, or set model.init=random")
     return weights
 
 
 def _torchvision_weights(arch: str) -> dict[str, Tensor]:
     """Load torchvision's weights on all ranks. Raises ValueError on all of them if one can't."""
     url = torchvision.models.get_model_weights(arch).DEFAULT.url
-    weights, problem = {}, ""
-    for downloads in (True, False):  # the first rank of each machine downloads, then the others read
-        if downloads == (collectives.local_rank() == 0):
-            try:
-                weights = torch.hub.load_state_dict_from_url(
-                    url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-                )
-            except (OSError, RuntimeError) as error:  # RuntimeError: damaged
-                problem = one_line(error, 200)
-        collectives.barrier()
-    problems = [text for text in collectives.all_gather_object(problem) if text]
-    if problems:
+    load = partial(
+        torch.hub.load_state_dict_from_url, url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+    )
+    weights, problem = _downloaded(load)
+    if problem:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise ValueError(
-            f"model.init=torchvision: {url} can't be downloaded ({problems[0]}); copy the file to {folder}, or set "
+            f"model.init=torchvision: {url} can't be downloaded ({problem}); copy the file to {folder}, or set "
             "model.init=random"
         )
     return weights
+
+
+def _downloaded(load: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], str]:
+    """What `load` returns on this rank, and the first error of any rank or "".
+
+    The first rank of each machine downloads, then the others read.
+    """
+    weights, problem = {}, ""
+    for downloads in (True, False):
+        if downloads == (collectives.local_rank() == 0):
+            try:
+                weights = load()
+            except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: damaged
+                problem = one_line(error, 300)
+        collectives.barrier()
+    return weights, next((text for text in collectives.all_gather_object(problem) if text), "")
